@@ -1,0 +1,490 @@
+"""The wire format: frame layout, the messages, and the checks between bytes and messages.
+
+A message is one multipart zmq message::
+
+    [identity]     only on the bound (zmq.ROUTER) side
+    header         MessagePack map: "v" protocol version, "kind", then the fields of the message
+    tensor bytes   raw, row-major, little-endian; at most one frame; its dtype and shape are fields of the message
+
+`encode` and `decode` are pure: no socket, no clock, no torch. `decode` raises `ProtocolError` with the field that is
+wrong before anything else sees the content. No pickle: nothing on a wire is executed.
+
+Who speaks what (the connecting side is written first)::
+
+    gateway       → router         Hello, Submit, Abort           ← Welcome, Refused, Tokens, Failed
+    router        → expert server  Hello, Dispatch                ← Welcome, Refused, Reply, NotHere, Failed
+    any member    → coordinator    Register, Lease, Held, Leave   ← Registered, Refused, Unknown, View
+    launcher      → coordinator    ProvenExit
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgpack
+
+from moering.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+MAX_HEADER_BYTES = 8 << 20
+"""A header longer than this is refused unread. The largest honest one is a plan of some 60 KB or a long prompt."""
+MAX_FRAME_BYTES = 16 << 20
+"""Limit of one zmq frame (zmq.MAXMSGSIZE): a larger one makes libzmq drop the connection."""
+MAX_TENSOR_BYTES = 1 << 20
+"""Senders split rows so that a tensor frame stays within this, to keep one long prompt from holding up decoding."""
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+KINDS: dict[str, type] = {}
+
+C = TypeVar("C", bound=type)
+
+
+def _message(kind: str) -> Callable[[C], C]:
+    def register(cls: C) -> C:
+        cls.KIND = kind  # type: ignore[attr-defined]
+        KINDS[kind] = cls
+        return cls
+
+    return register
+
+
+# --- every connection ------------------------------------------------------------------------------------------------
+
+
+@_message("hello")
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of the connecting side. A mismatch of version, model or digest is refused with both values named."""
+
+    role: str  # "gateway" | "router"
+    server_id: str
+    incarnation: int
+    model: str
+    digest: str  # of the checkpoint; "" where the peer does not read one (gateway)
+
+
+@_message("welcome")
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The bound side accepts. `credit_rows` bounds the rows that may be outstanding; `max_rows` those of one message."""
+
+    server_id: str
+    incarnation: int
+    credit_rows: int
+    max_rows: int
+
+
+@_message("refused")
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The bound side will not work with the sender; `fatal` means that asking again cannot help."""
+
+    reason: str
+    fatal: bool
+
+
+@_message("failed")
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """One request or dispatch ended with an error. `code` is machine-readable, `message` is for a person."""
+
+    request_id: str  # or, from an expert server, "router_incarnation/sequence"
+    attempt: int
+    code: str  # "bad_request" | "context_length" | "no_replica" | "timeout" | "poison" | "internal" | "overloaded"
+    message: str
+
+
+# --- router ⇄ expert server ------------------------------------------------------------------------------------------
+
+
+@_message("dispatch")
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Rows of one layer for experts of one server. Tensor: hidden states, `shape` = [rows, hidden_size]."""
+
+    router: int  # incarnation of the router; (router, seq) is never used again
+    seq: int
+    layer: int
+    prefill: bool  # decode rows are computed before these
+    rows: bytes  # little-endian uint16 per (row, expert) pair: row within the tensor
+    experts: bytes  # little-endian uint16 per pair: logical expert; pairs are sorted by expert
+    dtype: str
+    shape: list[int]
+
+
+@_message("reply")
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The unsummed expert outputs, in the order of the dispatch's pairs. Tensor: `shape` = [pairs, hidden_size]."""
+
+    router: int
+    seq: int
+    incarnation: int  # of the expert server
+    compute_us: int
+    dtype: str
+    shape: list[int]
+
+
+@_message("not_here")
+@dataclass(frozen=True, slots=True)
+class NotHere:
+    """The server does not hold an expert of the dispatch. `epoch` is that of the newest plan it knows."""
+
+    router: int
+    seq: int
+    incarnation: int
+    epoch: int
+
+
+# --- gateway ⇄ router ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the tokens of one choice are drawn. Draws depend only on (seed, choice, position): a resumed request goes on.
+
+    temperature 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 switch a filter off.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    choice: int = 0
+    stop_token_ids: list[int] = dataclasses.field(default_factory=list)  # ends the request; end-of-text ids included
+    logprobs: int = -1  # -1: none; 0..20: that of the token, and this many alternatives
+    logits_digest: bool = False  # send a digest of the sampled logits with each token
+    on_missing_expert: str = "wait"  # "wait" | "fail"
+
+
+@_message("submit")
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A request, or its continuation on another router: then `emitted` holds what the client already has."""
+
+    request_id: str
+    attempt: int
+    prompt: list[int]
+    emitted: list[int]
+    sampling: Sampling
+    deadline_s: float  # seconds from receipt
+
+
+@_message("abort")
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Nobody waits for this request any more."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One sampled token. `position` counts generated tokens from 0; the gateway takes only the next one, once."""
+
+    request_id: str
+    attempt: int
+    position: int
+    token_id: int
+    finish_reason: str | None = None  # "stop" | "length" on the last token
+    logprob: float | None = None
+    top_ids: list[int] = dataclasses.field(default_factory=list)
+    top_logprobs: list[float] = dataclasses.field(default_factory=list)
+    logits_digest: str | None = None
+
+
+@_message("tokens")
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """All tokens that one step produced for one gateway."""
+
+    tokens: list[Token]
+
+
+# --- member ⇄ coordinator --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MemberInfo:
+    """One process as all others see it."""
+
+    kind: str  # "gateway" | "router" | "expert-server" | "coordinator"
+    server_id: str  # stable over restarts
+    incarnation: int  # new at every start
+    address: str  # where peers connect, "" where nobody does
+    pid: int
+    state: str  # "JOINING" | "ONLINE" | "DRAINING" | "OFFLINE"
+    zone: str
+    capacity: int  # expert replicas that fit in its memory; 0 for other kinds
+    experts: int  # replicas it holds now
+
+
+@_message("view")
+@dataclass(frozen=True, slots=True)
+class View:
+    """The cluster at one epoch. Members refuse a (term, epoch) lower than the one they have.
+
+    `routing` and `target` are little-endian int16 arrays [layers, experts, width]: for each logical expert the ordered
+    indices into `servers` of the replicas to use now, and of those to hold; -1 pads.
+    """
+
+    term: int
+    epoch: int
+    members: list[MemberInfo]
+    servers: list[str]
+    layers: int
+    experts: int
+    width: int
+    routing: bytes
+    target: bytes
+    replication: int
+    failures_survivable: int  # -1 while an expert has no live replica
+    orphans: int  # experts without a live replica
+    under_target: int  # experts with fewer live replicas than wanted
+
+
+@_message("register")
+@dataclass(frozen=True, slots=True)
+class Register:
+    """A member presents itself, at its start and again to a coordinator that does not know it.
+
+    `held` lists what an expert server holds (see `Held`). `view` is the last whole view the member has, encoded.
+    """
+
+    member: MemberInfo
+    model: str
+    digest: str
+    layers: int  # shape of the model's MoE, 0 where the member does not read the checkpoint (gateway)
+    experts: int
+    fingerprint: str  # numerics probe of an expert server, "" for others
+    held: bytes
+    view: bytes | None
+
+
+@_message("registered")
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """Accepted. Renew within `lease_s`."""
+
+    term: int
+    lease_s: float
+
+
+@_message("unknown")
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """The coordinator does not know the sender of a lease (it was restarted): register again."""
+
+    term: int
+
+
+@_message("lease")
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Renews the lease. `progress` counts the main loop's turns: no progress with work queued is suspect."""
+
+    server_id: str
+    incarnation: int
+    state: str
+    progress: int
+    queued: int
+    busy_for_s: float  # a declared pause: not to be suspected for this long
+    suspects: list[str]  # routers: server ids they route around
+    term: int  # of the newest view applied by the main loop
+    epoch: int
+    loads: bytes  # routers: little-endian float32 [layers, experts] tokens since the last lease, or empty
+
+
+@_message("held")
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An expert server's whole list of loaded replicas: little-endian uint32, layer << 16 | expert, sorted.
+
+    `digests` holds 8 bytes of content hash for each: two replicas of an expert with different bytes are refused.
+    """
+
+    server_id: str
+    incarnation: int
+    held: bytes
+    digests: bytes
+
+
+@_message("leave")
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The member is about to exit on purpose."""
+
+    server_id: str
+    incarnation: int
+
+
+@_message("proven_exit")
+@dataclass(frozen=True, slots=True)
+class ProvenExit:
+    """Whoever started the process has reaped it: no vote is needed."""
+
+    server_id: str
+    pid: int
+    exit_code: int
+
+
+Message = (
+    Hello | Welcome | Refused | Failed | Dispatch | Reply | NotHere | Submit | Abort | Tokens
+    | View | Register | Registered | Unknown | Lease | Held | Leave | ProvenExit
+)  # fmt: skip
+
+
+# --- bytes ⇄ messages ------------------------------------------------------------------------------------------------
+
+
+def encode(message: Any) -> bytes:
+    """The header frame of a message."""
+    fields = {name: _plain(getattr(message, name)) for name in message.__slots__}
+    return typing.cast(bytes, msgpack.packb({"v": PROTOCOL_VERSION, "kind": message.KIND, **fields}))
+
+
+def decode(frames: Sequence[bytes | memoryview]) -> tuple[Any, memoryview | None]:
+    """The message in `frames` (without identity) and its tensor frame. Raises `ProtocolError`."""
+    if not frames:
+        raise ProtocolError("an empty message")
+    header = frames[0]
+    if len(header) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(header)} bytes; the limit is {MAX_HEADER_BYTES}")
+    try:
+        fields = msgpack.unpackb(header, strict_map_key=False)
+    except Exception as e:  # msgpack raises many kinds, all of which mean the same here
+        raise ProtocolError(f"the header is not MessagePack: {type(e).__name__}") from e
+    if not isinstance(fields, dict):
+        raise ProtocolError("the header is not a map")
+    version, kind = fields.pop("v", None), fields.pop("kind", None)
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"protocol version {version!r}; this process speaks {PROTOCOL_VERSION}")
+    cls = KINDS.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise ProtocolError(f"unknown message kind {kind!r:.60}")
+    message = _build(cls, fields, str(kind))
+    return message, _tensor(message, frames)
+
+
+def _tensor(message: Any, frames: Sequence[bytes | memoryview]) -> memoryview | None:
+    """The tensor frame, its size checked against the message's dtype and shape."""
+    kind = message.KIND
+    if not hasattr(message, "shape"):
+        if len(frames) != 1:
+            raise ProtocolError(f"{kind}: {len(frames)} frames where 1 is expected")
+        return None
+    if len(frames) != 2:
+        raise ProtocolError(f"{kind}: {len(frames)} frames where 2 are expected")
+    if message.dtype not in ITEM_BYTES:
+        raise ProtocolError(f"{kind}.dtype: {message.dtype!r:.40} is not one of {', '.join(ITEM_BYTES)}")
+    if len(message.shape) != 2 or min(message.shape) < 0:
+        raise ProtocolError(f"{kind}.shape: {message.shape!r:.60} is not [rows, columns]")
+    tensor = memoryview(frames[1])
+    expected = math.prod(message.shape) * ITEM_BYTES[message.dtype]
+    if tensor.nbytes != expected:
+        raise ProtocolError(f"{kind}: a tensor of {tensor.nbytes} bytes; dtype and shape ask for {expected}")
+    return tensor
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {name: _plain(getattr(value, name)) for name in value.__slots__}  # type: ignore[attr-defined]
+    if isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+        return [_plain(v) for v in value]
+    return value
+
+
+_CHECKS: dict[type, dict[str, tuple[Callable[[Any, str], Any], bool]]] = {}
+
+
+def _build(cls: Any, fields: Any, where: str) -> Any:
+    """An instance of dataclass `cls` from the map `fields`, every field checked against its annotation."""
+    if not isinstance(fields, dict):
+        raise ProtocolError(f"{where}: not a map")
+    checks = _CHECKS.get(cls)
+    if checks is None:
+        hints = typing.get_type_hints(cls)
+        checks = _CHECKS[cls] = {f.name: (_check(hints[f.name]), _required(f)) for f in dataclasses.fields(cls)}
+    for name in fields:
+        if name not in checks:
+            raise ProtocolError(f"{where}: unknown field {name!r:.60}")
+    values = {}
+    for name, (check, required) in checks.items():
+        if name in fields:
+            values[name] = check(fields[name], f"{where}.{name}")
+        elif required:
+            raise ProtocolError(f"{where}.{name}: missing")
+    return cls(**values)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _check(hint: Any) -> Callable[[Any, str], Any]:
+    """A function that returns a value of type `hint` or raises `ProtocolError`."""
+    if dataclasses.is_dataclass(hint):
+        return lambda value, where: _build(hint, value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        inner = _check(next(a for a in args if a is not type(None)))
+        return lambda value, where: None if value is None else inner(value, where)
+    if origin is list:
+        return _check_list(args[0])
+    if origin is dict:
+        return _check_dict(*args)
+    if hint is float:
+        return _check_float
+
+    def exact(value: Any, where: str) -> Any:
+        if type(value) is not hint:
+            raise ProtocolError(f"{where}: {type(value).__name__} where {hint.__name__} is expected")
+        return value
+
+    return exact
+
+
+def _check_float(value: Any, where: str) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ProtocolError(f"{where}: {value!r:.40} is not a finite number")
+    return float(value)
+
+
+def _check_list(item_hint: Any) -> Callable[[Any, str], Any]:
+    item = _check(item_hint)
+
+    def check(value: Any, where: str) -> Any:
+        if type(value) is not list:
+            raise ProtocolError(f"{where}: {type(value).__name__} where list is expected")
+        if item_hint is int:  # token ids: thousands of them, checked without a call each
+            if not all(type(v) is int for v in value):
+                raise ProtocolError(f"{where}: not all items are integers")
+            return value
+        return [item(v, where) for v in value]
+
+    return check
+
+
+def _check_dict(key_hint: Any, value_hint: Any) -> Callable[[Any, str], Any]:
+    key, item = _check(key_hint), _check(value_hint)
+
+    def check(value: Any, where: str) -> Any:
+        if type(value) is not dict:
+            raise ProtocolError(f"{where}: {type(value).__name__} where map is expected")
+        return {key(k, where): item(v, where) for k, v in value.items()}
+
+    return check
