@@ -1,0 +1,108 @@
+"""What the main functions of all processes share: start, signals, and death with the launcher. Torch-free.
+
+A process's ``__main__.py`` is::
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run_main("expert-server", Config, run, argv)
+
+    if __name__ == "__main__":
+        sys.exit(main())
+
+where ``run(config: Config) -> int`` serves until it is told to stop and returns the exit status.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TypeVar
+
+from moering.config import parse
+from moering.errors import ConfigError, MoeringError
+from moering.telemetry import set_up_logging
+
+LAUNCHER_FD = "MOERING_LAUNCHER_FD"
+"""Environment variable with the read end of a pipe whose write end only the launcher has: end of file is its death."""
+LAUNCHER_PID = "MOERING_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1
+
+C = TypeVar("C")
+logger = logging.getLogger(__name__)
+
+
+def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Sequence[str] | None = None) -> int:
+    """Read the configuration, set up logging, watch the launcher, and `run(config)`. Returns the exit status.
+
+    A `ConfigError` is one line on stderr and status 2, any other `MoeringError` one line and status 1; other
+    exceptions are bugs and leave with their traceback. Log lines carry the config's ``id`` where it has one, else
+    `kind`.
+    """
+    faulthandler.enable()
+    watch_launcher()
+    prog = f"moering {kind}"
+    try:
+        config = parse(config_class, sys.argv[1:] if argv is None else argv, prog=prog)
+        set_up_logging(getattr(config, "id", None) or kind)
+        return run(config)
+    except MoeringError as e:
+        print(f"{prog}: {e}", file=sys.stderr, flush=True)
+        return 2 if isinstance(e, ConfigError) else 1
+
+
+def incarnation() -> int:
+    """A number for this start of a process: unique, larger at each later start, and exact in JSON (53 bits)."""
+    return time.time_ns() // 1_000_000 << 12 | secrets.randbits(12)
+
+
+def install_signal_handlers(on_stop: Callable[[], None]) -> None:
+    """Call `on_stop` at the first SIGTERM or SIGINT (begin to drain); a second one ends the process at once.
+
+    For processes whose main thread runs Python code or a blocking poll. `on_stop` runs in the main thread between two
+    byte codes, and a blocking poll goes on afterwards: let it write to something that is polled. On an asyncio loop
+    let it be ``lambda: loop.call_soon_threadsafe(…)``.
+    """
+    stopping = False
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        if stopping:
+            os._exit(128 + signum)
+        stopping = True
+        on_stop()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+
+
+def watch_launcher() -> None:
+    """Make this process die with the launcher that started it; without a launcher, do nothing.
+
+    Two ways, because each has a hole: the pipe works everywhere but needs this process to run Python code, while
+    Linux's parent-death signal also ends a process that is stopped or inside a long native call.
+    """
+    text = os.environ.pop(LAUNCHER_FD, None)
+    launcher = int(os.environ.pop(LAUNCHER_PID, "0"))
+    if text is None:
+        return
+    fd = int(text)
+    os.set_inheritable(fd, False)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != launcher:  # it died before the signal was asked for
+            os._exit(1)
+    threading.Thread(target=_exit_at_eof, args=(fd,), name="launcher-watch", daemon=True).start()
+
+
+def _exit_at_eof(fd: int) -> None:
+    while os.read(fd, 1):  # nothing is ever written
+        pass
+    os._exit(1)  # at once: nobody is left to wait for an orderly end
