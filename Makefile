@@ -1,0 +1,67 @@
+# make help lists the targets. Everything runs in .venv; PYTHON (3.11 or later) is what the environment is made from.
+PYTHON ?= python3
+MODEL ?= default
+PORT ?= 8000
+EXPERT_SERVERS ?= 3
+REPLICATION ?= 2
+# Further flags: make serve ARGS="--routers 2", make bench-load ARGS="--url http://127.0.0.1:8000"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+# The stamps hold the set-up back until pyproject.toml changes, so that a warm start does not run pip at all.
+SERVE_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check lint compose-test bench-load bench-faults bench-kernels clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
+
+serve: $(SERVE_STAMP) ## set up and serve: make serve [PORT=8000] [MODEL=default or a directory] [EXPERT_SERVERS=3]
+	@exec $(BIN)/moering serve "$(MODEL)" --port $(PORT) --expert-servers $(EXPERT_SERVERS) --replication $(REPLICATION) $(ARGS)
+
+test: check ## set up, then all checks and tests
+
+check: lint ## ruff, mypy, import-linter and pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV_STAMP) ## ruff, mypy and import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+compose-test: $(DEV_STAMP) ## build the images, run them on a container engine, kill a server, check the stream
+	$(BIN)/python -m compose.test $(ARGS)
+
+bench-load: $(DEV_STAMP) ## load generator against an OpenAI server
+	$(BIN)/python -m bench.load $(ARGS)
+
+bench-faults: $(DEV_STAMP) ## load with injected faults; writes the client's own account
+	$(BIN)/python -m bench.faults $(ARGS)
+
+bench-kernels: $(DEV_STAMP) ## expert kernels, one by one
+	$(BIN)/python -m bench.kernels $(ARGS)
+
+clean: ## remove the environment and all caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "moering needs Python 3.11 or later; choose one with: make PYTHON=python3.12 …" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(SERVE_STAMP): pyproject.toml .ci/install-torch | $(BIN)/python
+	@.ci/install-torch $(BIN)/python
+	@echo "Installing moering and its dependencies ..."
+	@$(PIP) -e .
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml | $(SERVE_STAMP)
+	@echo "Installing the tools for tests ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@
