@@ -25,7 +25,7 @@ T = TypeVar("T")
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
-def option(default: Any, help: str, **extra: Any) -> Any:  # noqa: A002 - argparse's own word
+def option(default: Any, help: str, **extra: Any) -> Any:
     """A dataclass field with a help text. ``extra`` may hold ``positional=True`` or ``choices=(…)``."""
     return dataclasses.field(default=default, metadata={"help": help, **extra})
 

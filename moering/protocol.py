@@ -60,7 +60,7 @@ def _message(kind: str) -> Callable[[C], C]:
 @_message("hello")
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First message of the connecting side. A mismatch of version, model or digest is refused with both values named."""
+    """First message of the connecting side. A mismatch of model or digest is refused with both values named."""
 
     role: str  # "gateway" | "router"
     server_id: str
@@ -72,7 +72,10 @@ class Hello:
 @_message("welcome")
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The bound side accepts. `credit_rows` bounds the rows that may be outstanding; `max_rows` those of one message."""
+    """The bound side accepts.
+
+    `credit_rows` bounds the rows that may be outstanding at once, `max_rows` those of one message.
+    """
 
     server_id: str
     incarnation: int
@@ -402,7 +405,7 @@ def _tensor(message: Any, frames: Sequence[bytes | memoryview]) -> memoryview | 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in value.__slots__}  # type: ignore[attr-defined]
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
         return [_plain(v) for v in value]
     return value

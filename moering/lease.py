@@ -1,0 +1,150 @@
+"""The member's side of the coordinator: a thread that registers, renews the lease and receives the views.
+
+It runs apart from the main loop, so that loading, compiling or a long forward never lets a lease lapse. What it
+reports of the main loop (progress, queue, suspects) it asks for by callback at each renewal. While the coordinator is
+away the member serves on with its last view.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import zmq
+
+from moering import protocol, transport
+from moering.errors import ProtocolError
+from moering.protocol import Lease, Refused, Register, Registered, Unknown, View
+
+logger = logging.getLogger(__name__)
+
+RENEW_S = 1.0
+
+
+class LeaseClient(threading.Thread):
+    """Keeps one process a member of the cluster.
+
+    `register` and `lease` return the message as of now; `on_view` gets each newer view and `on_refused` a refusal for
+    good, both on this thread. `renew` may be called from any thread when something urgent changed.
+    """
+
+    def __init__(
+        self,
+        join: str,
+        register: Callable[[], Register],
+        lease: Callable[[], Lease],
+        on_view: Callable[[View], None],
+        on_refused: Callable[[str], None],
+    ) -> None:
+        super().__init__(name="lease", daemon=True)
+        self._join_address = join
+        self._register, self._lease = register, lease
+        self._on_view, self._on_refused = on_view, on_refused
+        self._outbox: deque[Any] = deque()
+        self._wakeup = transport.Wakeup()
+        self._stopping = threading.Event()
+        self._view: View | None = None
+        self._registered = False
+
+    def renew(self) -> None:
+        """Send a lease now instead of at the next second."""
+        self._wakeup.set()
+
+    def send(self, message: Any) -> None:
+        """Send `message` to the coordinator soon, after what was given before."""
+        self._outbox.append(message)
+        self._wakeup.set()
+
+    def close(self, last: Any = None) -> None:
+        """Send `last` (a `Leave`), stop the thread and wait for it."""
+        if last is not None:
+            self._outbox.append(last)
+        self._stopping.set()
+        self._wakeup.set()
+        if self.is_alive():
+            self.join(timeout=2.0)
+
+    def run(self) -> None:
+        """The thread's loop; see the class."""
+        socket = transport.make_socket(zmq.DEALER, reconnect=True)
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(self._wakeup.fd, zmq.POLLIN)
+        try:
+            self._connect(socket)
+            while not self._stopping.is_set():
+                self._report(socket)
+                self._wait(poller, socket)
+            self._flush(socket)
+        finally:
+            socket.close(200)  # linger: a Leave should still go out
+
+    def _connect(self, socket: Any) -> None:
+        while not self._stopping.is_set():
+            try:
+                return transport.connect(socket, self._join_address)
+            except OSError as e:
+                logger.warning("cannot resolve the coordinator's address %s (%s); trying again", self._join_address, e)
+                self._stopping.wait(RENEW_S)
+
+    def _report(self, socket: Any) -> None:
+        if self._registered:
+            self._flush(socket)
+            transport.try_send(socket, [protocol.encode(self._lease())])
+        else:
+            view = None if self._view is None else protocol.encode(self._view)
+            transport.try_send(socket, [protocol.encode(replace(self._register(), view=view))])
+
+    def _flush(self, socket: Any) -> None:
+        while self._outbox:
+            transport.try_send(socket, [protocol.encode(self._outbox.popleft())])
+
+    def _wait(self, poller: zmq.Poller, socket: Any) -> None:
+        """Handle messages until it is time to renew or somebody calls `renew`."""
+        until = time.monotonic() + RENEW_S
+        while (left := until - time.monotonic()) > 0 and not self._stopping.is_set():
+            ready = dict(poller.poll(int(left * 1000) + 1))
+            if self._wakeup.fd in ready:
+                self._wakeup.clear()
+                return
+            while (frames := transport.try_receive(socket)) is not None:
+                if self._handle(frames):
+                    return
+
+    def _handle(self, frames: list[bytes]) -> bool:
+        """Act on one message; True when the answer should not wait for the next renewal."""
+        try:
+            message, _ = protocol.decode(frames)
+        except ProtocolError as e:
+            logger.warning("dropped a message from the coordinator: %s", e)
+            return False
+        if isinstance(message, View):
+            self._take(message)
+        elif isinstance(message, Registered):
+            if not self._registered:
+                logger.info("joined the coordinator's term %d", message.term)
+            was, self._registered = self._registered, True
+            return not was
+        elif isinstance(message, Unknown):
+            logger.info("the coordinator of term %d does not know this process; registering again", message.term)
+            self._registered = False
+            return True
+        elif isinstance(message, Refused):
+            self._registered = False
+            if message.fatal:
+                self._on_refused(message.reason)
+            else:
+                logger.warning("the coordinator refused: %s; trying again", message.reason)
+        return False
+
+    def _take(self, view: View) -> None:
+        last = self._view
+        if last is not None and (view.term, view.epoch) <= (last.term, last.epoch):
+            return
+        self._view = view
+        self._on_view(view)

@@ -1,0 +1,175 @@
+"""Every zmq socket of a process is made here, with every option set, because libzmq's defaults hurt.
+
+Left alone, a socket lingers at exit, reconnects for ever and delivers what was queued for a dead process to its
+successor, `zmq.ROUTER` drops silently, a frame may be of any size, and a name is resolved in the I/O thread that all
+sockets share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket as sockets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from moering.errors import ConfigError
+from moering.protocol import MAX_FRAME_BYTES
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """ZMTP PING interval and the silence after which a connection counts as lost. libzmq's own thread answers."""
+
+    interval_ms: int
+    timeout_ms: int
+
+
+DATA = Heartbeat(100, 300)  # router → expert server: a stopped process is noticed after about 350 ms
+CONTROL = Heartbeat(1000, 5000)
+
+Frames = Sequence[bytes | memoryview]
+
+
+def context() -> zmq.Context[zmq.Socket[bytes]]:
+    """The one context of this process."""
+    return zmq.Context.instance()
+
+
+def make_socket(
+    kind: int,
+    heartbeat: Heartbeat = CONTROL,
+    *,
+    queue_messages: int = 1000,
+    reconnect: bool = False,
+    in_context: Any = None,
+) -> Any:
+    """A socket with all options set. `in_context` takes a `zmq.asyncio.Context`.
+
+    Without `reconnect` a lost connection stays lost: its owner opens a new socket for the new incarnation, so that
+    nothing queued for a dead process reaches the next one at that address.
+    """
+    s = (in_context or context()).socket(kind)
+    s.linger = 0
+    s.sndhwm = s.rcvhwm = queue_messages
+    s.maxmsgsize = MAX_FRAME_BYTES
+    s.handshake_ivl = 2000
+    s.heartbeat_ivl, s.heartbeat_timeout = heartbeat.interval_ms, heartbeat.timeout_ms
+    s.heartbeat_ttl = heartbeat.timeout_ms
+    if kind == zmq.ROUTER:
+        s.router_mandatory = 1  # an error, not a silent drop, for a peer that is gone
+    if reconnect:
+        s.reconnect_ivl, s.reconnect_ivl_max = 100, 1000
+    else:
+        s.reconnect_ivl = -1
+    return s
+
+
+def bind(socket: Any, endpoint: str, *, insecure: bool = False, advertise: str = "") -> str:
+    """Bind and return the address where peers connect. An address beyond this machine is refused unless `insecure`."""
+    if not insecure and not is_local(endpoint):
+        raise ConfigError(f"refusing to bind {endpoint}: it is reachable from other machines; --insecure allows it")
+    if endpoint.startswith("tcp://") and endpoint.count(":") == 1:
+        endpoint += ":*"
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as e:
+        raise ConfigError(f"cannot bind {endpoint}: {e}") from e
+    address = str(socket.last_endpoint.rstrip(b"\0").decode())
+    if advertise and address.startswith("tcp://"):
+        address = f"tcp://{advertise}:{address.rpartition(':')[2]}"
+    return address
+
+
+def is_local(endpoint: str) -> bool:
+    """Whether only this machine reaches the endpoint (ipc, inproc, tcp on a loopback address)."""
+    parts = urlsplit(endpoint)
+    if parts.scheme in ("ipc", "inproc"):
+        return True
+    host = parts.netloc.rpartition(":")[0].strip("[]") or parts.netloc
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def connect(socket: Any, address: str) -> None:
+    """Connect by numeric address. Raises `OSError` when the name does not resolve."""
+    socket.connect(resolve(address))
+
+
+def resolve(address: str) -> str:
+    """`address` with its host name replaced by a numeric one; not in libzmq's I/O thread, which all sockets share."""
+    if not address.startswith("tcp://"):
+        return address
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    infos = sockets.getaddrinfo(host.strip("[]"), int(port), type=sockets.SOCK_STREAM)
+    family, number = infos[0][0], infos[0][4][0]
+    return f"tcp://[{number}]:{port}" if family == sockets.AF_INET6 else f"tcp://{number}:{port}"
+
+
+def try_send(socket: Any, frames: Frames) -> bool:
+    """Send without ever blocking. False when the peer's queue is full or the peer is gone."""
+    try:
+        socket.send_multipart(frames, zmq.NOBLOCK)
+    except (zmq.Again, zmq.ZMQError) as e:
+        if e.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+            return False
+        raise
+    return True
+
+
+def try_receive(socket: Any) -> list[bytes] | None:
+    """The next message, or None when none is waiting."""
+    try:
+        frames: list[bytes] = socket.recv_multipart(zmq.NOBLOCK)
+    except zmq.Again:
+        return None
+    return frames
+
+
+def watch_disconnects(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """A socket that becomes readable when `socket` loses its connection, 1.4 ms after a peer's SIGKILL.
+
+    Failed attempts to connect count as well.
+    """
+    lost = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED
+    lost |= zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    return socket.get_monitor_socket(lost)
+
+
+def read_event(monitor: zmq.Socket[bytes]) -> int | None:
+    """The next event of `watch_disconnects`, or None when none is waiting."""
+    frames = try_receive(monitor)
+    return None if frames is None else int(parse_monitor_message(frames)["event"])
+
+
+class Wakeup:
+    """Wakes a thread out of a zmq poll: register `fd` for POLLIN, `set` from any thread, `clear` after waking."""
+
+    def __init__(self) -> None:
+        self._read, self._write = sockets.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        self.fd = self._read.fileno()
+
+    def set(self) -> None:
+        """Make `fd` readable. Never blocks; may be called from any thread."""
+        with contextlib.suppress(BlockingIOError, OSError):  # full: the reader has been woken already
+            self._write.send(b"\0")
+
+    def clear(self) -> None:
+        """Forget all earlier calls of `set`."""
+        with contextlib.suppress(BlockingIOError):
+            while self._read.recv(4096):
+                pass
+
+    def close(self) -> None:
+        """Release both ends."""
+        self._read.close()
+        self._write.close()
