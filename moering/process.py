@@ -35,6 +35,14 @@ LAUNCHER_FD = "MOERING_LAUNCHER_FD"
 LAUNCHER_PID = "MOERING_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
 
+MODULES = {
+    "coordinator": "moering.coordinator",
+    "gateway": "gateway",
+    "router": "router",
+    "expert-server": "expert_server",
+}
+"""The module that ``python -m`` runs for each kind of process."""
+
 C = TypeVar("C")
 logger = logging.getLogger(__name__)
 
@@ -56,6 +64,14 @@ def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Se
     except MoeringError as e:
         print(f"{prog}: {e}", file=sys.stderr, flush=True)
         return 2 if isinstance(e, ConfigError) else 1
+    except KeyboardInterrupt:  # before signal handlers were installed
+        return 128 + signal.SIGINT
+
+
+def command_line(kind: str) -> list[str]:
+    """How a process of a kind is started, without its flags."""
+    # -P: a directory called `router` where the user stands must not be taken for ours.
+    return [sys.executable, "-P", "-m", MODULES[kind]]
 
 
 def incarnation() -> int:

@@ -1,0 +1,70 @@
+"""``moering status``: what the gateway knows of the cluster, as a table or as its JSON.
+
+The JSON of ``GET /admin/status`` is ``{"epoch": int, "failures_survivable": int, "processes": [{"id", "kind", "pid",
+"state", "incarnation", "address", "experts"}]}``; ``failures_survivable`` is -1 while an expert has no live replica.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moering.config import option
+from moering.errors import MoeringError
+from moering.http_client import get_json
+from moering.process import run_main
+
+COLUMNS = ("id", "kind", "state", "pid", "experts", "incarnation", "address")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Show the processes of a cluster, the epoch of its plan and how many failures it survives now."""
+
+    url: str = option("http://127.0.0.1:8000", "address of a gateway")
+    json: bool = option(False, "print the gateway's JSON as it is")
+    admin_key: str = option("", "key of the gateway's /admin endpoints, where it has one")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``moering status``."""
+    return run_main("status", Config, _run, argv)
+
+
+def fetch(url: str, timeout_s: float = 10.0, key: str | None = None) -> Any:
+    """The status document of the gateway at `url`. Raises `HttpError`."""
+    return get_json(url.rstrip("/") + "/admin/status", timeout_s, key)
+
+
+def table(status: Mapping[str, Any]) -> str:
+    """The status for people: a line for the cluster, then one per process."""
+    rows = [COLUMNS, *(tuple(str(p.get(c, "")) for c in COLUMNS) for p in status["processes"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([f"epoch {status['epoch']}; {coverage(status)}", "", *lines])
+
+
+def coverage(status: Mapping[str, Any]) -> str:
+    """One sentence on where the experts are and what may fail now."""
+    servers = [p for p in status["processes"] if p["kind"] == "expert-server" and p["state"] == "ONLINE"]
+    replicas, survivable = sum(p["experts"] for p in servers), status["failures_survivable"]
+    failures = {
+        -1: "some experts have NO live replica",
+        0: "NO failure of an expert server is survived now",
+        1: "1 failure of an expert server is survived",
+    }.get(survivable, f"{survivable} failures of expert servers are survived")
+    return f"{replicas} expert replicas on {len(servers)} expert servers; {failures}"
+
+
+def _run(config: Config) -> int:
+    status = fetch(config.url, key=config.admin_key or None)
+    if config.json:
+        print(json.dumps(status))
+        return 0
+    try:
+        print(table(status))
+    except (KeyError, TypeError, AttributeError) as e:
+        raise MoeringError(f"the status of {config.url} is not as expected: {e!r}") from e
+    return 0

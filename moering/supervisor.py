@@ -1,0 +1,236 @@
+"""Keeps child processes running: starts them, restarts the dead with growing delays, stops them in order.
+
+Nothing here knows what the processes do. Every child is started from the main thread, because Linux's parent-death
+signal (see `moering.process.watch_launcher`) is tied to the thread that forks; in its own process group, so that a
+Ctrl-C in a terminal reaches the launcher alone and the order of the stop is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from moering.errors import MoeringError
+from moering.process import LAUNCHER_FD, LAUNCHER_PID
+
+logger = logging.getLogger(__name__)
+
+TAIL_LINES = 20
+LAST_LINES_S = 1.0
+MAX_LINE_BYTES = 1 << 16
+USAGE_STATUS = 2
+"""Exit status of a process that refuses its configuration: starting it again cannot help."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process to keep running. `argv(n)` is the command line of its n-th start, n counted from 0."""
+
+    id: str
+    kind: str
+    argv: Callable[[int], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A child was reaped. `code` is its exit status, or the negative number of the signal that ended it."""
+
+    command: Command
+    pid: int
+    code: int
+
+    def __str__(self) -> str:
+        how = f"status {self.code}" if self.code >= 0 else signal.Signals(-self.code).name
+        return f"{self.command.id} (pid {self.pid}) ended with {how}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When a dead child is started again, and how long a stop may take."""
+
+    first_delay_s: float = 1.0  # of the second restart in a row; the first is immediate, each later delay doubles
+    max_delay_s: float = 10.0
+    healthy_s: float = 60.0  # a child that lived this long starts again without a delay
+    max_failed_starts: int = 3  # deaths in a row of a child that was never ready: give up
+    stop_s: float = 30.0  # for each kind at a stop, then SIGKILL
+
+    def delay_s(self, deaths: int) -> float:
+        """Seconds to wait after the `deaths`-th death in a row, counted from 1."""
+        return 0.0 if deaths <= 1 else min(self.first_delay_s * 2.0 ** (deaths - 2), self.max_delay_s)
+
+
+class StartFailed(MoeringError):
+    """A child died again and again before it was ever ready. The text holds the last lines it printed."""
+
+
+@dataclass(eq=False)
+class _Child:
+    command: Command
+    process: asyncio.subprocess.Process | None = None
+    starts: int = 0
+    deaths: int = 0  # in a row
+    was_ready: bool = False
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    tail: deque[bytes] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
+
+    def signal(self, number: int) -> None:
+        if self.process is not None and self.process.returncode is None:
+            self.process.send_signal(number)
+
+
+class Supervisor:
+    """Runs `commands`, started in the given order and stopped kind by kind in the order of `stop_order`.
+
+    `stop_order` names each kind that occurs, once. `on_exit` hears of every child that is reaped, before it is started
+    again. To be made on the running loop of the main thread.
+    """
+
+    def __init__(
+        self,
+        commands: Sequence[Command],
+        stop_order: Sequence[str],
+        on_exit: Callable[[Exit], None],
+        policy: Policy = Policy(),
+    ) -> None:
+        self._children = [_Child(c) for c in commands]
+        self._stop_order, self._on_exit, self._policy = stop_order, on_exit, policy
+        self._stop_requests = 0
+        self._stop_requested = asyncio.Event()
+        self._launcher_fd, self._launcher_pipe = os.pipe()
+
+    async def run(self) -> None:
+        """Supervise until `stop` was called and all children are gone. Raises `StartFailed`; leaves no child."""
+        tasks = [asyncio.create_task(self._supervise(child), name=child.command.id) for child in self._children]
+        stop = asyncio.create_task(self._stop_in_order(tasks))
+        try:
+            await asyncio.gather(stop, *tasks)
+        finally:
+            stop.cancel()
+            self._kill()
+            await asyncio.gather(stop, *tasks, return_exceptions=True)
+            os.close(self._launcher_pipe)
+            os.close(self._launcher_fd)
+
+    def stop(self) -> None:
+        """Begin to stop; a second call kills what is left."""
+        self._stop_requests += 1
+        self._stop_requested.set()
+        if self.killed:
+            self._kill()
+
+    @property
+    def killed(self) -> bool:
+        """Whether `stop` was called twice."""
+        return self._stop_requests > 1
+
+    def mark_ready(self) -> None:
+        """All children work together: from now on a death is answered by a restart, however often it happens."""
+        for child in self._children:
+            child.was_ready = True
+
+    def _kill(self) -> None:
+        for child in self._children:
+            child.stopping.set()
+            child.signal(signal.SIGKILL)
+
+    async def _supervise(self, child: _Child) -> None:
+        while not child.stopping.is_set():
+            started = time.monotonic()
+            exit = await self._run_once(child)
+            if child.stopping.is_set():
+                return
+            lived_s = time.monotonic() - started
+            child.deaths = 1 if lived_s >= self._policy.healthy_s else child.deaths + 1
+            self._give_up_if_hopeless(child, exit)
+            delay_s = self._policy.delay_s(child.deaths)
+            logger.warning("%s; starting it again %s", exit, f"in {delay_s:g} s" if delay_s else "at once")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(child.stopping.wait(), delay_s)
+
+    async def _run_once(self, child: _Child) -> Exit:
+        """Start the child, pass on what it prints, and reap it."""
+        output, output_end = os.pipe()
+        printing = asyncio.create_task(_pass_on(output, child.tail))
+        try:
+            process = await self._spawn(child, output_end)
+        finally:
+            os.close(output_end)
+        exit = Exit(child.command, process.pid, await process.wait())
+        self._on_exit(exit)
+        # Its last lines; not for ever, since a process that it left behind may hold the pipe open.
+        await asyncio.wait([printing], timeout=LAST_LINES_S)
+        printing.cancel()
+        return exit
+
+    async def _spawn(self, child: _Child, output: int) -> asyncio.subprocess.Process:
+        argv = child.command.argv(child.starts)
+        child.starts += 1
+        child.tail.clear()
+        child.process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, LAUNCHER_FD: str(self._launcher_fd), LAUNCHER_PID: str(os.getpid())},
+            pass_fds=[self._launcher_fd],
+            process_group=0,
+        )
+        logger.info("started %s (pid %d)", child.command.id, child.process.pid)
+        if child.stopping.is_set():  # asked for while the process was being started
+            child.signal(signal.SIGTERM if self._stop_requests == 1 else signal.SIGKILL)
+        return child.process
+
+    def _give_up_if_hopeless(self, child: _Child, exit: Exit) -> None:
+        refused = exit.code == USAGE_STATUS
+        if child.was_ready or not (refused or child.deaths >= self._policy.max_failed_starts):
+            return
+        times = "" if refused else f" for the {child.deaths}. time in a row"
+        lines = b"".join(child.tail).decode(errors="replace").strip()
+        raise StartFailed(f"{exit}{times} before it was ready. It said:\n{lines}")
+
+    async def _stop_in_order(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        await self._stop_requested.wait()
+        for kind in self._stop_order:
+            stage = [(c, t) for c, t in zip(self._children, tasks, strict=True) if c.command.kind == kind]
+            logger.info("stopping: %s", ", ".join(c.command.id for c, _ in stage))
+            for child, _ in stage:
+                child.stopping.set()
+                child.signal(signal.SIGTERM)
+            _, late = await asyncio.wait([t for _, t in stage], timeout=self._policy.stop_s)
+            for child, task in stage:
+                if task in late:
+                    logger.warning("%s did not stop in %g s; killing it", child.command.id, self._policy.stop_s)
+                    child.signal(signal.SIGKILL)
+
+
+async def _pass_on(output: int, tail: deque[bytes]) -> None:
+    """Copy whole lines to stderr, so that lines of several processes do not mix, and keep the last ones in `tail`."""
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    pipe = os.fdopen(output, "rb", buffering=0)
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    rest = b""
+    try:
+        while chunk := await reader.read(MAX_LINE_BYTES):
+            rest += chunk
+            end = rest.rfind(b"\n") + 1 if len(rest) < MAX_LINE_BYTES else len(rest)
+            _print(rest[:end], tail)
+            rest = rest[end:]
+        _print(rest, tail)
+    finally:
+        transport.close()
+
+
+def _print(lines: bytes, tail: deque[bytes]) -> None:
+    tail.extend(lines.splitlines(keepends=True))
+    with contextlib.suppress(OSError):  # nobody reads our stderr any more: the children must not block on that
+        sys.stderr.buffer.write(lines)
+        sys.stderr.buffer.flush()
