@@ -1,0 +1,77 @@
+"""One expert's feed-forward network on a CPU, and many of them over rows grouped by expert; both batch-invariant."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from kernels.linear import Backend, PackedLinear
+from kernels.threads import one_thread
+
+SILU_MULTIPLE = 32  # silu's vector loop: a shorter tail of a row goes another way and gets other bits
+PROBE_ROWS = (1, 2, 5, 64)
+
+
+class ExpertFFN:
+    """`down(silu(gate(x)) * up(x))` of one expert, fp32 activations."""
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, backend: Backend = "auto") -> None:
+        """Take gate and up [intermediate, hidden] and down [hidden, intermediate], in fp32, fp16 or bf16."""
+        if gate.shape != up.shape or down.shape != gate.shape[::-1]:
+            raise ValueError(f"gate {list(gate.shape)}, up {list(up.shape)} and down {list(down.shape)} do not match")
+        missing = -gate.shape[0] % SILU_MULTIPLE
+        gate, up, down = F.pad(gate, (0, 0, 0, missing)), F.pad(up, (0, 0, 0, missing)), F.pad(down, (0, missing))
+        self._inter = gate.shape[0]
+        self._w13 = PackedLinear(torch.cat((gate, up)), backend)
+        self._w2 = PackedLinear(down, backend)
+        self.nbytes = self._w13.nbytes + self._w2.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] float32 → [n, hidden] float32."""
+        gate, up = self._w13(x).split(self._inter, dim=1)
+        with one_thread():  # threads would cut rows into pieces that are no multiple of SILU_MULTIPLE
+            activated = torch.mul(F.silu(gate, inplace=True), up)
+        return self._w2(activated)
+
+
+def grouped_expert_ffn(
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    counts: Sequence[int],
+    experts: Sequence[ExpertFFN],
+    out: torch.Tensor,
+) -> None:
+    """Compute (row, expert) pairs sorted by expert: pair i reads hidden[rows[i]] and its result goes to out[i].
+
+    `hidden` is [n, hidden], `rows` int64 [pairs], `out` [pairs, hidden] float32; `counts[e]` pairs are expert e's.
+    """
+    if sum(counts) != rows.shape[0] or len(counts) != len(experts) or out.shape[0] != rows.shape[0]:
+        raise ValueError(f"{list(counts)} pairs of {len(experts)} experts do not match {rows.shape[0]} rows")
+    gathered = hidden.index_select(0, rows)
+    start = 0
+    for count, expert in zip(counts, experts, strict=True):
+        if count:
+            out[start : start + count] = expert(gathered[start : start + count])
+            start += count
+
+
+def numerics_fingerprint(backend: Backend = "auto") -> str:
+    """Hash of a fixed expert's output at 1, 2, 5 and 64 rows: equal where results can replace each other bit by bit."""
+    hidden, inter = 192, 160
+    gate, up, down = (_fixed_values(i, (inter, hidden)) for i in range(3))
+    expert = ExpertFFN(gate.half(), up.half(), down.T.half(), backend)
+    x = _fixed_values(3, (max(PROBE_ROWS), hidden)) * 16
+    digest = hashlib.blake2b(digest_size=16)
+    for rows in PROBE_ROWS:
+        digest.update(expert(x[:rows]).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fixed_values(stream: int, shape: tuple[int, int]) -> torch.Tensor:
+    """Values in [-1/16, 1/16) that no random generator's version can change."""
+    index = torch.arange(shape[0] * shape[1], dtype=torch.int64) + stream * 1_000_003
+    mixed = (index * 2654435761 % 2**32) * 40503 % 65521
+    return ((mixed.float() / 65521 - 0.5) / 8).view(shape)

@@ -1,0 +1,95 @@
+"""Batch-invariant linear layers on a CPU.
+
+`F.linear` in fp32 gives a row other bits at 1, at 2–3 and from 4 rows on, and again others with several threads.
+fbgemm's product with fp16 weights (fp32 activations and accumulation) gives the same bits at every row and thread
+count, reads half the bytes, and is exact in the weights when they are fp16 values: the *packed* backend. Where the
+processor or the weights do not allow it, the *portable* backend is `F.linear` on a multiple of 4 rows and one thread.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+
+from kernels.threads import one_thread
+
+Backend = Literal["auto", "packed", "portable"]
+BACKENDS = get_args(Backend)
+
+ROW_MULTIPLE = 4
+MAX_PACK_ERROR = 2.0**-25  # largest absolute rounding error of a weight that packing may cause
+
+
+class PackedLinear:
+    """`x @ weight.T` for fp32 rows; a row's result does not depend on the other rows or on the number of threads."""
+
+    def __init__(self, weight: torch.Tensor, backend: Backend = "auto") -> None:
+        """`weight` is [out, in] in fp32, fp16 or bf16; `backend` packs only weights that fp16 holds well enough.
+
+        Raise `ValueError` for "packed" on a machine that cannot, and for an unknown backend.
+        """
+        self.out_features, self.in_features = weight.shape
+        packed = resolve_backend(backend) == "packed" and fits_fp16(weight)
+        self.backend = "packed" if packed else "portable"
+        self._packed: Any = None
+        self._weight: torch.Tensor | None = None
+        if packed:
+            # rounded here, so that the bits do not depend on how the library rounds
+            self._packed = torch.ops.quantized.linear_prepack_fp16(weight.half().float().contiguous(), None)
+            self.nbytes = weight.numel() * 2
+        else:
+            self._weight = weight.float().contiguous()
+            self.nbytes = weight.numel() * 4
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, in] float32 → [n, out] float32, contiguous."""
+        if self._weight is None:
+            return _linear_fp16(x, self._packed)
+        with one_thread():
+            return _linear_portable(x, self._weight)
+
+
+@functools.cache
+def resolve_backend(backend: Backend) -> Literal["packed", "portable"]:
+    """What `backend` means on this machine."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "portable":
+        return "portable"
+    try:
+        probe = torch.ops.quantized.linear_prepack_fp16(torch.ones(4, 4), None)
+        works = bool((_linear_fp16(torch.ones(1, 4), probe) == 4).all())
+    except (RuntimeError, AttributeError):  # no fbgemm in this build, or a processor it does not know
+        works = False
+    if works:
+        return "packed"
+    if backend == "packed":
+        raise ValueError(
+            "this processor or build of PyTorch has no fp16-packed linear layers; use the portable backend"
+        )
+    return "portable"
+
+
+def fits_fp16(weight: torch.Tensor) -> bool:
+    """True when no weight overflows fp16 and none moves by more than `MAX_PACK_ERROR`."""
+    if weight.dtype == torch.float16:
+        return bool(weight.isfinite().all())
+    exact = weight.float()
+    rounded = exact.half().float()
+    return bool(rounded.isfinite().all()) and float((rounded - exact).abs().max()) <= MAX_PACK_ERROR
+
+
+def _linear_fp16(x: torch.Tensor, packed: Any) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x, packed)
+    return out
+
+
+def _linear_portable(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    rows = x.shape[0]
+    missing = -rows % ROW_MULTIPLE
+    if not missing:
+        return F.linear(x, weight)
+    return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[:rows]

@@ -1,0 +1,104 @@
+"""The decoder of the Mixtral and Qwen3-MoE families, split at each MoE layer.
+
+`start`, then per layer `until_experts` and `after_experts`, then `logits`. Between the two the engine has the experts
+computed elsewhere. A row's bits depend on its sequence's tokens alone: not on the batch, the chunks or the threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels.linear import Backend, PackedLinear
+from kernels.rms_norm import RMSNorm
+from kernels.tensors import as_tensor
+from moering.checkpoint import Checkpoint
+from router.attention import Attention, rotary_table
+from router.attention_plan import SequenceChunk, plan_attention
+from router.gate import Gate
+from router.kv_cache import KVCache
+from router.micro_batch import MicroBatch
+from router.model_config import MoEModelConfig
+
+_ATTENTION_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_HEAD_NORMS = ("q_norm", "k_norm")
+
+
+class _Layer:
+    """The weights of one layer outside its experts."""
+
+    def __init__(self, checkpoint: Checkpoint, config: MoEModelConfig, index: int, backend: Backend) -> None:
+        prefix, eps = f"model.layers.{index}", config.rms_norm_eps
+        names = _ATTENTION_WEIGHTS + (_HEAD_NORMS if config.head_norms else ())
+        weights = {name: _load(checkpoint, f"{prefix}.self_attn.{name}.weight") for name in names}
+        self.attention = Attention(config, weights, backend)
+        self.attention_norm = RMSNorm(_load(checkpoint, f"{prefix}.input_layernorm.weight"), eps)
+        self.experts_norm = RMSNorm(_load(checkpoint, f"{prefix}.post_attention_layernorm.weight"), eps)
+        self.gate = Gate(_load(checkpoint, checkpoint.gate_name(index)), config)
+
+
+class Decoder:
+    """All of the model but its experts. Not thread-safe; micro-batches may be in flight side by side."""
+
+    def __init__(self, checkpoint: Checkpoint, kv_cache: KVCache, backend: Backend = "auto") -> None:
+        """Read the weights outside the experts; raise `CheckpointError` for an unsupported configuration."""
+        self.config = config = MoEModelConfig.from_checkpoint(checkpoint)
+        self._cache = kv_cache
+        self._embeddings = _load(checkpoint, "model.embed_tokens.weight")
+        self._layers = [_Layer(checkpoint, config, index, backend) for index in range(config.num_layers)]
+        self._final_norm = RMSNorm(_load(checkpoint, "model.norm.weight"), config.rms_norm_eps)
+        head = self._embeddings if config.tied_embeddings else _load(checkpoint, "lm_head.weight")
+        self._head = PackedLinear(head, backend)
+        capacity = kv_cache.num_blocks * kv_cache.block_size
+        self._rotary = rotary_table(config, min(config.max_positions, capacity))
+
+    def start(self, token_ids: list[int], chunks: Sequence[SequenceChunk]) -> MicroBatch:
+        """A micro-batch before its first layer. `token_ids` are those of all chunks, one chunk after the other."""
+        config, rows = self.config, len(token_ids)
+        positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + c.length)])
+        if rows == 0 or positions.shape[0] != rows:
+            raise ValueError(f"{rows} tokens do not match chunks of {[c.length for c in chunks]}")
+        ids = torch.tensor(token_ids)
+        residual = self._embeddings.index_select(0, ids).float()
+        return MicroBatch(
+            token_ids=ids,
+            positions=positions,
+            chunks=list(chunks),
+            attention=plan_attention(chunks, config.head_dim),
+            rotation=self._rotary.index_select(0, positions).unsqueeze(1),
+            queries=self._layers[0].attention.new_queries(rows),
+            residual=residual,
+            expert_input=torch.empty_like(residual),
+            expert_output=torch.empty(rows, config.top_k, config.hidden_size),
+            topk_ids=torch.empty(rows, config.top_k, dtype=torch.int64),
+            topk_weights=torch.empty(rows, config.top_k),
+        )
+
+    @torch.inference_mode()
+    def until_experts(self, mb: MicroBatch) -> None:
+        """Attention and gate of layer `mb.layer`: fills `expert_input`, `topk_ids` and `topk_weights`."""
+        layer = self._layers[mb.layer]
+        normed = layer.attention_norm(mb.residual, out=mb.expert_input)
+        cache = self._cache.layers[mb.layer]
+        mb.residual.add_(layer.attention(normed, mb.rotation, mb.attention, mb.queries, cache))
+        layer.experts_norm(mb.residual, out=mb.expert_input)
+        mb.topk_ids, mb.topk_weights = layer.gate(mb.expert_input)
+
+    @torch.inference_mode()
+    def after_experts(self, mb: MicroBatch) -> None:
+        """Add the weighted expert outputs to the residual stream, in top-k order, and go to the next layer."""
+        for j in range(self.config.top_k):
+            mb.residual.addcmul_(mb.expert_output.select(1, j), mb.topk_weights.narrow(1, j, 1))
+        mb.layer += 1
+
+    @torch.inference_mode()
+    def logits(self, mb: MicroBatch, rows: list[int]) -> torch.Tensor:
+        """Logits [len(rows), vocab] float32 of the given rows, after the last layer."""
+        chosen = mb.residual.index_select(0, torch.tensor(rows))
+        return self._head(self._final_norm(chosen, out=chosen))
+
+
+def _load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    raw = checkpoint.tensor(name)
+    return as_tensor(raw.dtype, raw.shape, raw.data)

@@ -1,0 +1,100 @@
+"""The paged KV cache: its memory, and who holds which block of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from kernels.attention import KEY_BLOCK
+
+BLOCK_SIZE = KEY_BLOCK  # attention reads whole blocks of keys, so a block that is one needs no gather
+
+
+class KVCache:
+    """Keys and values of all layers: `layers[i]` is [num_blocks * block_size, 2, kv_heads, head_dim] float32.
+
+    Key and value of a position lie together, so one copy writes both, and consecutive blocks are one strided view.
+    Zeroed at the start: masked positions must hold finite numbers, whose share is then exactly 0.
+    """
+
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, num_blocks: int, block_size: int = BLOCK_SIZE
+    ) -> None:
+        if block_size != BLOCK_SIZE:
+            raise ValueError(f"block_size {block_size}: attention's bits ask for {BLOCK_SIZE}")
+        self.num_blocks, self.block_size = num_blocks, block_size
+        shape = (num_blocks * block_size, 2, num_kv_heads, head_dim)
+        self.layers = [torch.zeros(shape) for _ in range(num_layers)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers; the system provides them when they are first written."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @staticmethod
+    def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int) -> int:
+        """Bytes of one block over all layers."""
+        return num_layers * BLOCK_SIZE * 2 * num_kv_heads * head_dim * 4
+
+
+class BlockManager:
+    """Hands out blocks so that a sequence's blocks are consecutive and sequences start at regular distances.
+
+    Attention then runs on views of the cache, many sequences in one call; any other layout costs a gather, no more.
+    """
+
+    def __init__(self, num_blocks: int, span: int = 1) -> None:
+        """`span`: blocks of the longest sequence; while memory is plentiful each sequence gets room to grow that far."""
+        if num_blocks < 1 or span < 1:
+            raise ValueError(f"{num_blocks} blocks in spans of {span}")
+        self.num_blocks = num_blocks
+        self._span = span
+        self._is_free = [True] * num_blocks
+        self._free_count = num_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """Number of free blocks."""
+        return self._free_count
+
+    def allocate(self, n: int, after: int | None = None) -> list[int]:
+        """`n` blocks, `after` being the last block of the sequence that they extend; raise `ValueError` if too many.
+
+        In order of preference: right behind `after`; the lowest free and aligned span; the lowest run of n; the lowest.
+        """
+        if n > self._free_count:
+            raise ValueError(f"{n} blocks asked for, {self._free_count} are free")
+        start = self._find_run(n, after)
+        if start is not None:
+            blocks = list(range(start, start + n))
+        else:
+            blocks = [b for b in range(self.num_blocks) if self._is_free[b]][:n]
+        for block in blocks:
+            self._is_free[block] = False
+        self._free_count -= n
+        return blocks
+
+    def free(self, blocks: Iterable[int]) -> None:
+        """Give blocks back; raise `ValueError` for one that is not handed out."""
+        for block in blocks:
+            if not 0 <= block < self.num_blocks or self._is_free[block]:
+                raise ValueError(f"block {block} is not handed out")
+            self._is_free[block] = True
+            self._free_count += 1
+
+    def check_integrity(self) -> None:
+        """Assert that the count of free blocks is what the table says."""
+        assert self._free_count == sum(self._is_free), "the count of free KV blocks is wrong"
+
+    def _find_run(self, n: int, after: int | None) -> int | None:
+        if after is not None and self._run_is_free(after + 1, n):
+            return after + 1
+        spans = range(0, self.num_blocks, self._span) if n <= self._span else ()
+        for start in spans:
+            if self._run_is_free(start, self._span):
+                return start
+        return next((b for b in range(self.num_blocks - n + 1) if self._run_is_free(b, n)), None)
+
+    def _run_is_free(self, start: int, n: int) -> bool:
+        return start + n <= self.num_blocks and all(self._is_free[start : start + n])

@@ -1,0 +1,38 @@
+"""The state of some rows between the layers of a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from router.attention_plan import AttentionPlan, SequenceChunk
+
+__all__ = ["MicroBatch", "SequenceChunk"]
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """Rows of several sequences on their way through the layers, n rows in the order of `chunks`.
+
+    `until_experts` of a layer fills expert_input, topk_ids and topk_weights. The engine fills expert_output: slot
+    [row, j] is the unweighted output of expert topk_ids[row, j] for expert_input[row]. `after_experts` sums them up.
+    """
+
+    token_ids: torch.Tensor  # int64 [n]
+    positions: torch.Tensor  # int64 [n]
+    chunks: list[SequenceChunk]
+    attention: AttentionPlan
+    rotation: torch.Tensor  # complex64 [n, 1, head_dim / 2]
+    queries: torch.Tensor  # scratch of the attention layers
+    residual: torch.Tensor  # float32 [n, hidden]
+    expert_input: torch.Tensor  # float32 [n, hidden]
+    expert_output: torch.Tensor  # float32 [n, k, hidden]
+    topk_ids: torch.Tensor  # int64 [n, k]
+    topk_weights: torch.Tensor  # float32 [n, k]
+    layer: int = field(default=0)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.token_ids.shape[0]
