@@ -81,7 +81,7 @@ def _token(row: NDArray[np.float32], sequence: Sequence) -> int | None:
     if sampling.temperature == 0:
         return best
     weights = np.exp((logits.astype(np.float64) - float(logits[best])) / sampling.temperature)
-    ids = _filter(weights, sampling)
+    ids = allowed(weights, sampling)
     u = uniform(sampling.seed, sampling.choice, len(sequence.output))
     return _inverse_cdf(weights, u) if ids is None else int(ids[_inverse_cdf(weights[ids], u)])
 
@@ -108,7 +108,7 @@ def _change_logits(logits: Floats, sequence: Sequence) -> None:
         logits[seen] -= s.frequency_penalty * counts + s.presence_penalty
 
 
-def _filter(weights: Floats, sampling: Sampling) -> Ints | None:
+def allowed(weights: Floats, sampling: Sampling) -> Ints | None:
     """Ids that min-p, top-k and top-p leave, ascending; None for all. The largest of `weights` [vocabulary] is 1."""
     ids: Ints | None = None
     if sampling.min_p > 0:
@@ -174,4 +174,5 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 def _log_softmax(row: NDArray[np.float32]) -> Floats:
     shifted = row.astype(np.float64) - float(row.max())
-    return shifted - np.log(np.exp(shifted).sum())
+    total: np.float64 = np.exp(shifted).sum()
+    return shifted - float(np.log(total))
