@@ -125,7 +125,7 @@ class Scheduler:
         """The next step, its sequences now in flight; None when nothing can run."""
         items = self._decodes()
         # Streams in flight count: what runs meanwhile holds them up just as well.
-        decoding = sum(s.remaining == 1 for s in self.running)
+        decoding = sum(s.decodes for s in self.running)
         limit = max(self._max_num_batched_tokens - len(items), MIN_PREFILL_TOKENS)
         budget = self.cost.prefill_tokens(decoding, limit)
         items += self._prefills(budget if items else max(budget, MIN_PREFILL_TOKENS))
@@ -161,7 +161,7 @@ class Scheduler:
     def _decodes(self) -> list[ScheduledChunk]:
         items = []
         for sequence in list(self.running):  # a copy: making room for one may preempt later ones
-            ready = sequence.status is Status.RUNNING and not sequence.in_flight and sequence.remaining == 1
+            ready = sequence.status is Status.RUNNING and not sequence.in_flight and sequence.decodes
             if ready and self._make_room(sequence):
                 items.append(_chunk(sequence, 1))
         return items
@@ -207,7 +207,7 @@ class Scheduler:
         """The sequences that prefill in a step of `budget` tokens, admitted from the queue as far as blocks allow."""
         if budget == 0:
             return []
-        lanes = [s for s in self.running if s.remaining > 1 and not s.in_flight]
+        lanes = [s for s in self.running if not s.decodes and not s.in_flight]
         while self.waiting and len(self.running) < self._max_num_seqs:
             filled = sum(s.remaining for s in lanes) >= budget
             if (filled and len(lanes) >= PREFILL_LANES) or not self._reserve(self.waiting[0]):

@@ -58,8 +58,13 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Known tokens still to be computed. 1: an ordinary decode step. The last of them yields the next token."""
+        """Known tokens still to be computed. The last of them yields the next token."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its next chunk is one ordinary decode step."""
+        return self.remaining == 1 and bool(self.output)
 
     def tokens(self, start: int, length: int) -> list[int]:
         """Token ids at positions [start, start + length)."""

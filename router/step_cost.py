@@ -23,6 +23,7 @@ class StepCost:
         self._headroom = max_slowdown - 1
         self._decode: dict[int, deque[float]] = {}  # seconds of steps without prefill, by decode rows
         self._mixed: deque[float] = deque(maxlen=WINDOW)  # seconds per prefill token beyond the decode time
+        self._mixed_tokens: deque[int] = deque(maxlen=WINDOW)
         self._prefill: deque[float] = deque(maxlen=WINDOW)  # seconds per token of steps without decodes
         self._mixed_run = 0
 
@@ -39,6 +40,7 @@ class StepCost:
             decode = self.decode_seconds(decode_rows)
             if decode is not None:
                 self._mixed.append((seconds - decode) / prefill_tokens)
+                self._mixed_tokens.append(prefill_tokens)
 
     def prefill_tokens(self, decode_rows: int, limit: int) -> int:
         """How many prompt tokens may join a step of `decode_rows`: `limit` when none decode, else
@@ -53,6 +55,8 @@ class StepCost:
             affordable = self._headroom * decode_rows
         else:
             affordable = self._headroom * decode / self._token_seconds(decode / decode_rows)
+        if self._mixed_tokens:  # one step that happened to run fast must not open the gate
+            affordable = min(affordable, 2 * max(self._mixed_tokens))
         return min(max(int(affordable), MIN_PREFILL_TOKENS), limit)
 
     def decode_seconds(self, rows: int) -> float | None:
@@ -76,10 +80,9 @@ class StepCost:
         return statistics.median(self._decode[rows])
 
     def _token_seconds(self, decode_row_seconds: float) -> float:
-        """Seconds that one more prefill token adds. Never trusted to be under half of what prefill alone measured:
-        a mixed step that happened to run faster than its decodes would make it nothing.
-        """
+        """Seconds that one more prefill token adds to a step. Until mixed steps have run: what it takes alone."""
         alone = statistics.median(self._prefill) if self._prefill else decode_row_seconds
         if not self._mixed:
             return alone
-        return max(sorted(self._mixed)[len(self._mixed) * 3 // 4], alone / 2)
+        upper_quartile = sorted(self._mixed)[len(self._mixed) * 3 // 4]
+        return max(upper_quartile, alone / 1000)  # noise can make the difference negative

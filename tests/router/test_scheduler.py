@@ -1,0 +1,437 @@
+"""The scheduler against a model of the KV cache: a token is a function of what the block table really holds."""
+
+import random
+import zlib
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from moering.protocol import Sampling
+from router.scheduler import PREFILL_LANES, Scheduler
+from router.sequence import Sequence, Status
+from router.step_cost import MIN_PREFILL_TOKENS, StepCost
+
+BLOCK, VOCAB = 4, 50
+
+
+class FakeBlocks:
+    def __init__(self, n):
+        self._free, self._n = set(range(n)), n
+
+    @property
+    def free_blocks(self):
+        return len(self._free)
+
+    def allocate(self, n):
+        assert 0 < n <= len(self._free)
+        return [self._free.pop() for _ in range(n)]
+
+    def free(self, blocks):
+        assert not self._free & set(blocks)
+        self._free |= set(blocks)
+
+
+def next_token(tokens):
+    return zlib.crc32(bytes(tokens)) % VOCAB
+
+
+class Engine:
+    """The engine's loop around a scheduler; its forward writes and reads a cache by block table."""
+
+    def __init__(self, blocks=100, seqs=8, batched=16, max_len=60, cost=None):
+        self.blocks = FakeBlocks(blocks)
+        self.scheduler = Scheduler(self.blocks, seqs, batched, BLOCK, max_len, cost or StepCost(), VOCAB)
+        self.cache = {}  # (block, offset) -> token
+        self.flying = []  # (batch, tokens) whose forward has not ended
+
+    def start(self):
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self.flying.append((batch, [self._forward(item) for item in batch.items]))
+        return batch
+
+    def _forward(self, item):
+        s = item.sequence
+        for position, token in enumerate(s.tokens(item.start, item.length), item.start):
+            self.cache[s.block_table[position // BLOCK], position % BLOCK] = token
+        end = item.start + item.length
+        return next_token([self.cache[s.block_table[p // BLOCK], p % BLOCK] for p in range(end)])
+
+    def end(self, index=0):
+        """End a batch in flight. Returns the sequences that finished."""
+        batch, tokens = self.flying.pop(index)
+        token_of = {item.sequence: token for item, token in zip(batch.items, tokens, strict=True)}
+        to_sample = self.scheduler.complete(batch.items)
+        return [i.sequence for i in to_sample if self.scheduler.update(i.sequence, token_of[i.sequence])]
+
+    def step(self):
+        batch = self.start()
+        return batch, self.end() if batch else []
+
+    def run(self, most=2000):
+        for _ in range(most):
+            if self.start() is None:
+                return
+            self.end()
+            self.scheduler.check_integrity()
+        raise AssertionError("still running")
+
+    def add(self, *args, **kw):
+        s = make(*args, **kw)
+        assert self.scheduler.add(s) is None
+        return s
+
+
+_names = iter(range(10**9))
+
+
+def make(prompt=3, output=(), max_tokens=5, deadline=1e9, **sampling):
+    name = next(_names)
+    prompt = [(name * 7 + i) % VOCAB for i in range(prompt)] if isinstance(prompt, int) else prompt
+    return Sequence(str(name), 0, b"", prompt, list(output), Sampling(max_tokens, **sampling), deadline)
+
+
+def expected_output(s, resumed=(), max_len=60):
+    output = list(resumed)
+    while len(output) < s.sampling.max_tokens and len(s.prompt) + len(output) < max_len:
+        output.append(next_token(s.prompt + output))
+        if output[-1] in s.sampling.stop_token_ids and len(output) > s.sampling.min_tokens:
+            break
+    return output
+
+
+def shape(batch):
+    return [(item.start, item.length, item.samples) for item in batch.items]
+
+
+# --- order and budget -------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_prefilled_in_chunks_then_decodes_and_finishes():
+    engine = Engine(batched=8)
+    s = engine.add(prompt=19, max_tokens=3)
+    steps = []
+    while (batch := engine.start()) is not None:
+        steps.append(shape(batch))
+        engine.end()
+    assert steps == [
+        [(0, 8, False)],
+        [(8, 8, False)],
+        [(16, 3, True)],
+        [(19, 1, True)],
+        [(20, 1, True)],
+    ]
+    assert (s.output, s.finish_reason, s.status) == (expected_output(s), "length", Status.FINISHED)
+    assert engine.blocks.free_blocks == 100
+
+
+def test_several_prompts_share_a_step_and_decodes_come_first():
+    engine = Engine(batched=16)
+    first, second = engine.add(prompt=5), engine.add(prompt=6)
+    assert shape(engine.step()[0]) == [(0, 5, True), (0, 6, True)]
+    third = engine.add(prompt=30)
+    batch, _ = engine.step()
+    assert [item.sequence for item in batch.items] == [first, second, third]
+    assert (batch.decode_rows, batch.prefill_tokens) == (2, MIN_PREFILL_TOKENS)
+
+
+def test_a_long_prompt_lets_short_ones_through_and_still_gets_at_least_half():
+    engine = Engine(batched=16, max_len=400, blocks=200)
+    engine.add(prompt=300, max_tokens=1)
+    engine.step()
+    shorts = [engine.add(prompt=8, max_tokens=1) for _ in range(5)]
+    finished = []
+    for _ in shorts:
+        batch, done = engine.step()
+        assert max(item.length for item in batch.items) >= 8
+        finished += done
+    assert finished == shorts
+
+
+def test_two_long_prompts_halve_the_budget_and_a_third_waits():
+    engine = Engine(batched=16, max_len=400, blocks=400)
+    for _ in range(3):
+        engine.add(prompt=300)
+    batch, _ = engine.step()
+    assert [item.length for item in batch.items] == [8, 8]
+    assert len(engine.scheduler.running) == PREFILL_LANES and len(engine.scheduler.waiting) == 1
+
+
+def test_the_budget_is_used_up_when_prompts_abound():
+    engine = Engine(batched=16, seqs=50)
+    for length in (7, 3, 9, 14, 2, 2, 30, 1):
+        engine.add(prompt=length, max_tokens=1)
+    totals = []
+    while (batch := engine.start()) is not None:
+        totals.append(sum(item.length for item in batch.items))
+        engine.end()
+    assert totals == [16, 16, 16, 16, 4]
+
+
+def test_max_num_seqs_holds():
+    engine = Engine(seqs=2)
+    for _ in range(5):
+        engine.add()
+    assert len(engine.step()[0].items) == 2
+    engine.run()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_2000_token_prompt_among_8_streams_keeps_steps_within_the_bound_and_progresses(trained):
+    cost = StepCost()
+    engine = Engine(blocks=2000, seqs=16, batched=256, max_len=4000, cost=cost)
+    for _ in range(8):
+        engine.add(prompt=20, max_tokens=1500)
+
+    def step(measured=True):
+        batch, done = engine.step()
+        seconds = (0.03 + 0.00375 * batch.decode_rows if batch.decode_rows else 0) + 0.0035 * batch.prefill_tokens
+        if measured:
+            cost.record(batch.decode_rows, batch.prefill_tokens, seconds)
+        return batch, seconds, done
+
+    while any(not s.decodes for s in engine.scheduler.running + engine.scheduler.waiting):
+        step(measured=trained)
+    for _ in range(20):
+        step(measured=trained)
+    long = engine.add(prompt=2000, max_tokens=1)
+    steps, stalled = 0, 0
+    while long.finish_reason is None:
+        batch, seconds, _ = step()
+        assert batch.decode_rows == 8 and seconds <= 1.75 * 0.06
+        steps += 1
+        stalled += batch.prefill_tokens == 0
+    assert steps <= 2000 / 9
+    assert stalled <= steps / 40
+
+
+# --- in flight --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_in_flight_is_not_scheduled_again():
+    engine = Engine()
+    a = engine.add()
+    assert [i.sequence for i in engine.start().items] == [a]
+    assert engine.start() is None
+    b = engine.add()
+    assert [i.sequence for i in engine.start().items] == [b]
+    engine.end(1)
+    engine.end(0)
+    engine.run()
+    assert (a.output, b.output) == (expected_output(a), expected_output(b))
+
+
+def test_streams_in_flight_count_for_the_budget_of_what_runs_meanwhile():
+    engine = Engine(batched=64)
+    engine.add(max_tokens=20)
+    engine.step()
+    engine.start()
+    engine.add(prompt=50)
+    assert shape(engine.start()) == [(0, MIN_PREFILL_TOKENS, False)]
+
+
+def test_prefill_goes_on_while_all_streams_are_in_flight_even_when_a_decode_only_step_is_due():
+    cost = StepCost()
+    engine = Engine(batched=64, cost=cost)
+    engine.add(max_tokens=20)
+    engine.step()
+    for _ in range(60):
+        cost.record(1, 4, 0.1)
+    engine.start()
+    engine.add(prompt=50)
+    assert shape(engine.start()) == [(0, MIN_PREFILL_TOKENS, False)]
+
+
+# --- preemption -------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_is_preempted_and_computes_the_same_tokens_again():
+    engine = Engine(blocks=6)
+    old, new = engine.add(prompt=7, max_tokens=12), engine.add(prompt=7, max_tokens=12)
+    engine.run()
+    assert engine.scheduler.num_preemptions >= 1
+    assert (old.output, new.output) == (expected_output(old), expected_output(new))
+    assert engine.blocks.free_blocks == 6
+
+
+def test_a_preempted_sequence_is_first_in_the_queue():
+    engine = Engine(blocks=4)
+    old, new = engine.add(prompt=7, max_tokens=9), engine.add(prompt=7, max_tokens=9)
+    later = engine.add(prompt=3)
+    while engine.scheduler.num_preemptions == 0:
+        engine.step()
+    assert engine.scheduler.running == [old]
+    assert engine.scheduler.waiting == [new, later]
+    assert (new.num_computed, new.block_table) == (0, [])
+
+
+def test_what_is_in_flight_is_not_preempted_and_the_older_one_waits():
+    engine = Engine(blocks=4)
+    old, new = engine.add(prompt=7, max_tokens=9), engine.add(prompt=6, max_tokens=9)
+    engine.step()
+    engine.step()  # now `old` has 9 tokens and needs a third block; `new` has 8, and with them all that is left
+    old.in_flight = True
+    assert [i.sequence for i in engine.start().items] == [new]
+    old.in_flight = False
+    assert engine.start() is None
+    engine.end()
+    assert engine.scheduler.num_preemptions == 0
+    assert [i.sequence for i in engine.start().items] == [old]
+    assert engine.scheduler.num_preemptions == 1
+    engine.end()
+    engine.run()
+    assert (old.output, new.output) == (expected_output(old), expected_output(new))
+
+
+def test_a_sequence_that_fills_the_whole_cache_ends_with_length():
+    engine = Engine(blocks=3, max_len=1000)
+    s = engine.add(prompt=5, max_tokens=100)
+    engine.run()
+    assert (s.finish_reason, s.num_tokens) == ("length", 12)
+
+
+def test_a_prompt_larger_than_the_cache_is_refused():
+    engine = Engine(blocks=3, max_len=1000)
+    refusal = engine.scheduler.add(make(prompt=12))
+    assert refusal.code == "context_length" and "12" in refusal.message
+    assert engine.start() is None
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_token_ends_it_but_not_before_min_tokens():
+    plain = make(prompt=3, max_tokens=20)
+    stop = expected_output(plain)[4]
+    for min_tokens, most in ((0, 5), (5, 20)):
+        engine = Engine()
+        s = engine.add(prompt=plain.prompt, max_tokens=20, stop_token_ids=[stop], min_tokens=min_tokens)
+        engine.run()
+        assert s.output == expected_output(s) and s.output[4] == stop
+        assert (len(s.output) == 5) == (min_tokens == 0) and len(s.output) <= most
+        assert s.finish_reason == ("stop" if len(s.output) < 20 else "length")
+
+
+def test_max_model_len_ends_it():
+    engine = Engine(max_len=10)
+    s = engine.add(prompt=6, max_tokens=50)
+    engine.run()
+    assert (len(s.output), s.finish_reason) == (4, "length")
+
+
+def test_a_resumed_sequence_goes_on_where_it_was():
+    engine = Engine()
+    whole = engine.add(max_tokens=10)
+    engine.run()
+    resumed = engine.add(prompt=whole.prompt, output=whole.output[:6], max_tokens=10)
+    engine.run()
+    assert resumed.output == whole.output
+    assert (len(resumed.prompt), resumed.finish_reason) == (3, "length")
+
+
+def test_the_same_attempt_twice_is_refused_and_a_new_attempt_is_not():
+    engine = Engine()
+    s = engine.add()
+    assert engine.scheduler.add(Sequence(s.request_id, 0, b"", [1], [], s.sampling, 1.0)).code == "bad_request"
+    assert engine.scheduler.add(Sequence(s.request_id, 1, b"", [1], [], s.sampling, 1.0)) is None
+
+
+def test_abort_while_waiting_and_while_running_frees_at_once():
+    engine = Engine(seqs=1)
+    running, waiting = engine.add(), engine.add()
+    engine.step()
+    for s in (waiting, running):
+        assert engine.scheduler.abort(s.request_id, 0) is s
+        engine.scheduler.check_integrity()
+        assert (s.status, s.finish_reason, s.block_table) == (Status.FINISHED, None, [])
+    assert engine.blocks.free_blocks == 100
+    assert engine.scheduler.abort(running.request_id, 0) is None
+
+
+def test_abort_in_flight_leaves_a_tombstone_until_its_step_ends():
+    engine = Engine()
+    s, other = engine.add(), engine.add()
+    batch = engine.start()
+    assert engine.scheduler.abort(s.request_id, 0) is s
+    engine.scheduler.check_integrity()
+    assert engine.blocks.free_blocks == 98 and s.block_table
+    assert engine.scheduler.abort(s.request_id, 0) is None
+    assert [i.sequence for i in engine.scheduler.complete(batch.items)] == [other]
+    engine.scheduler.check_integrity()
+    assert engine.blocks.free_blocks == 99 and s.output == []
+
+
+def test_expired_lists_waiting_and_running_once_until_cancelled():
+    engine = Engine(seqs=1)
+    running, waiting = engine.add(deadline=10.0), engine.add(deadline=20.0)
+    engine.step()
+    assert engine.scheduler.expired(9.9) == []
+    assert engine.scheduler.expired(10.0) == [running]
+    assert engine.scheduler.expired(20.0) == [running, waiting]
+    engine.scheduler.cancel(running)
+    assert engine.scheduler.expired(20.0) == [waiting]
+
+
+def test_check_integrity_sees_a_lost_block():
+    engine = Engine()
+    s = engine.add()
+    engine.step()
+    s.block_table = []
+    with pytest.raises(AssertionError, match="lost"):
+        engine.scheduler.check_integrity()
+
+
+# --- any order of events ----------------------------------------------------------------------------------------------
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Few blocks, several batches in flight, cancellations at any moment; nothing is lost and no token changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.engine = Engine(blocks=7, seqs=4, batched=8, max_len=24)
+        self.wanted = []  # (sequence, its tokens without disturbance)
+        self.random = random.Random(0)
+
+    @rule(prompt=st.integers(1, 20), emitted=st.integers(0, 3), more=st.integers(1, 12))
+    def add(self, prompt, emitted, more):
+        s = make(prompt=prompt, max_tokens=emitted + more)
+        whole = expected_output(s, max_len=24)
+        s.output = whole[:emitted]
+        if len(whole) > emitted:
+            assert self.engine.scheduler.add(s) is None
+            self.wanted.append((s, whole))
+
+    @rule()
+    def start(self):
+        self.engine.start()
+
+    @rule(pick=st.integers(0, 9))
+    def end(self, pick):
+        if self.engine.flying:
+            self.engine.end(pick % len(self.engine.flying))
+
+    @rule(pick=st.integers(0, 9))
+    def abort(self, pick):
+        if self.wanted:
+            s, _ = self.wanted.pop(pick % len(self.wanted))
+            found = self.engine.scheduler.abort(s.request_id, s.attempt)
+            assert (found is s) == (s.finish_reason is None)
+
+    @invariant()
+    def books_add_up(self):
+        self.engine.scheduler.check_integrity()
+
+    def teardown(self):
+        while self.engine.flying:
+            self.engine.end()
+        self.engine.run()
+        assert self.engine.blocks.free_blocks == 7
+        for s, whole in self.wanted:
+            assert (s.output, s.finish_reason) == (whole, "length")
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
