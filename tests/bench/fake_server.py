@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from aiohttp import web
 
 Handler = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
+Get = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def serving(handler: Handler) -> AsyncIterator[str]:
-    """The base URL of a server whose two POST endpoints call `handler(request, body)`."""
+async def serving(handler: Handler, gets: Mapping[str, Get] | None = None) -> AsyncIterator[str]:
+    """The base URL of a server whose two POST endpoints call `handler(request, body)`; `gets` adds others by path."""
 
     async def post(request: web.Request) -> web.StreamResponse:
         return await handler(request, await request.json())
@@ -25,7 +28,8 @@ async def serving(handler: Handler) -> AsyncIterator[str]:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", post)
     app.router.add_post("/v1/completions", post)
-    app.router.add_get("/v1/models", models)
+    for path, get in ({"/v1/models": models} | dict(gets or {})).items():
+        app.router.add_get(path, get)
     runner = web.AppRunner(app, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -34,6 +38,28 @@ async def serving(handler: Handler) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
+
+
+@contextmanager
+def serving_in_thread(handler: Handler, gets: Mapping[str, Get] | None = None) -> Iterator[str]:
+    """`serving` in a thread of its own, for callers that own their event loop."""
+    loop, urls, stop, ready = asyncio.new_event_loop(), [], asyncio.Event(), threading.Event()
+
+    async def go() -> None:
+        async with serving(handler, gets) as url:
+            urls.append(url)
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(go(),))
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield urls[0]
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()
 
 
 async def start(request: web.Request) -> web.StreamResponse:

@@ -7,9 +7,6 @@ import itertools
 import json
 import math
 import random
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +18,12 @@ from bench.load import LoadConfig, Source, closed_loop, main, open_loop, workloa
 from bench.report import gaps, quantile, summarise, table
 from bench.workload import Lengths, Workload, poisson_times
 from moering.errors import ConfigError
-from tests.bench.fake_server import Handler, count_to_max_tokens, serving
-
-
-@contextmanager
-def fake(handler: Handler) -> Iterator[str]:
-    """A fake server in a thread of its own, for `main`, which owns its loop."""
-    loop, urls, stop = asyncio.new_event_loop(), [], asyncio.Event()
-    ready = threading.Event()
-
-    async def go() -> None:
-        async with serving(handler) as url:
-            urls.append(url)
-            ready.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(go(),))
-    thread.start()
-    ready.wait(10)
-    try:
-        yield urls[0]
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
-        loop.close()
+from tests.bench.fake_server import count_to_max_tokens, serving_in_thread
 
 
 def test_main_reports_every_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "load.json"
-    with fake(count_to_max_tokens) as url:
+    with serving_in_thread(count_to_max_tokens) as url:
         argv = ["--url", url, "--requests", "10", "--concurrency", "3", "--output-tokens", "5", "--json", str(out)]
         assert main([*argv, "--api-key", "hush"]) == 0
     report = json.loads(out.read_text())
@@ -73,7 +47,7 @@ def test_main_counts_errors_by_kind_and_fails(tmp_path: Path) -> None:
         return await count_to_max_tokens(request, body)
 
     out = tmp_path / "load.json"
-    with fake(every_third) as url:
+    with serving_in_thread(every_third) as url:
         assert main(["--url", url, "--requests", "9", "--rate", "500", "--json", str(out)]) == 1
     assert json.loads(out.read_text())["summary"]["errors"] == {"http_503": 3}
 

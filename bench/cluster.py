@@ -1,0 +1,141 @@
+"""A moering cluster as the benches see it: started as a subprocess or found at a URL, watched by /admin/status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from moering.errors import MoeringError
+
+# What the command line of a process of each kind contains: checked before a kill, as pids are used again.
+_COMMAND = {
+    "expert-server": "expert_server",
+    "router": "router",
+    "gateway": "gateway",
+    "coordinator": "moering.coordinator",
+}
+STOP_S = 30.0
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of the cluster, as /admin/status lists it."""
+
+    id: str
+    kind: str
+    pid: int
+    state: str
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """/admin/status at one moment. `counters` are those of the routers, empty where none are shown."""
+
+    at_s: float
+    epoch: int
+    failures_survivable: int
+    processes: dict[str, Process]
+    counters: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, at_s: float, content: dict[str, Any]) -> Status:
+        """Read the JSON of /admin/status; raises `MoeringError` where it is not that."""
+        try:
+            processes = {
+                p["id"]: Process(p["id"], p["kind"], int(p["pid"]), p["state"], int(p["incarnation"]))
+                for p in content["processes"]
+            }
+            counters = {name: int(n) for name, n in (content.get("router_counters") or {}).items()}
+            return cls(at_s, int(content["epoch"]), int(content["failures_survivable"]), processes, counters)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise MoeringError(f"/admin/status holds no status: {type(e).__name__} {e}") from e
+
+    def online(self, kind: str) -> list[Process]:
+        """The processes of `kind` that serve."""
+        return [p for p in self.processes.values() if p.kind == kind and p.state == "ONLINE"]
+
+
+async def read_status(session: aiohttp.ClientSession, url: str) -> Status:
+    """The status now; raises `MoeringError`, `aiohttp.ClientError` or `TimeoutError`."""
+    async with session.get(url.rstrip("/") + "/admin/status", timeout=aiohttp.ClientTimeout(total=5)) as response:
+        if response.status != 200:
+            raise MoeringError(f"/admin/status answered {response.status}: {(await response.text())[:200]}")
+        return Status.parse(time.perf_counter(), await response.json())
+
+
+def kill(process: Process) -> float:
+    """SIGKILL one process of this machine and return when. Raises `MoeringError` when its pid is not of its kind."""
+    try:
+        command = Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError as e:
+        raise MoeringError(f"{process.id}: there is no process {process.pid} on this machine") from e
+    if _COMMAND[process.kind] not in command:
+        raise MoeringError(f"{process.id}: process {process.pid} is no {process.kind}: {command[:200]}")
+    at_s = time.perf_counter()
+    os.kill(process.pid, signal.SIGKILL)
+    return at_s
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listened on a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def serving(model: str, log: Path, flags: Sequence[str], ready_s: float) -> AsyncIterator[str]:
+    """Run ``moering serve`` on a free port until the block ends; yields its URL once /ready answers 200.
+
+    Its output goes to `log`. Raises `MoeringError` with the end of it when it does not get ready within `ready_s`.
+    """
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    argv = [sys.executable, "-m", "moering.cli", "serve", model, "--port", str(port), *flags]
+    with log.open("wb") as out:
+        launcher = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        try:
+            async with asyncio.timeout(ready_s):
+                await _wait_ready(url, launcher)
+        except (MoeringError, TimeoutError) as e:
+            tail = log.read_text(errors="replace")[-2000:]
+            raise MoeringError(f"moering serve did not get ready within {ready_s:.0f} s ({e}). {log}:\n{tail}") from e
+        yield url
+    finally:
+        await asyncio.to_thread(_stop, launcher)
+
+
+async def _wait_ready(url: str, launcher: subprocess.Popen[bytes]) -> None:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+        while True:
+            if launcher.poll() is not None:
+                raise MoeringError(f"it exited with status {launcher.returncode}")
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with session.get(url + "/ready") as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(0.1)
+
+
+def _stop(launcher: subprocess.Popen[bytes]) -> None:
+    if launcher.poll() is None:
+        launcher.terminate()
+    try:
+        launcher.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+        launcher.wait()

@@ -1,0 +1,178 @@
+"""The account of a fault run as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.account import Account, Output, compare, total
+from bench.client import Exchange
+from bench.episodes import Episode
+from bench.gaps import Interval, Window, between, first_token_wait, intervals, outside, tokens_per_s, within
+from bench.report import distribution, quantile
+from bench.streams import Recorded
+
+_COLUMNS = (
+    "longest_gap_ms",
+    "excess_ms",
+    "affected_streams",
+    "noticed_ms",
+    "rerouted_ms",
+    "redundant_ms",
+    "replaced_ms",
+)
+# Catching up after the last status of a recovery still belongs to the fault.
+SETTLE_S = 0.25
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that was recorded: every request once without failure, then the streams and the faults among them."""
+
+    reference: Sequence[Recorded]
+    reference_s: float
+    observed: Sequence[Recorded]
+    episodes: Sequence[Episode]
+    started_s: float
+    ended_s: float
+
+    @property
+    def windows(self) -> list[Window]:
+        """From each kill to the end of its recovery."""
+        return [Window(e.start_s, e.end_s + SETTLE_S) for e in self.episodes]
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """Of the streams with faults."""
+        return [r.exchange for r in self.observed]
+
+    def spans(self, of: Callable[[Exchange], list[Interval]]) -> list[Interval]:
+        """Intervals of all streams with faults."""
+        return [interval for exchange in self.exchanges for interval in of(exchange)]
+
+    def calm_gaps(self) -> list[float]:
+        """Gaps of the run with faults, outside every fault: what the faults are held against."""
+        return outside(self.spans(intervals), self.windows)
+
+
+def account(run: Run) -> Account:
+    """Every stream of the run with faults against the same request without failure."""
+    references = {r.request: Output.of(r.exchange) for r in run.reference}
+    observed = ((references[r.request], r.exchange) for r in run.observed)
+    return total(compare(reference, Output.of(e), e.error) for reference, e in observed)
+
+
+def report(run: Run) -> dict[str, Any]:
+    """The whole account, ready for JSON. `kept` says whether nothing was lost, changed or restarted."""
+    counts = account(run)
+    faults = [_fault(run, episode, window) for episode, window in zip(run.episodes, run.windows, strict=True)]
+    excess = [f["excess_ms"] for f in faults if f["excess_ms"] is not None]
+    reference = [r.exchange for r in run.reference]
+    recomputed = sum(f["counters"].get(n, 0) for f in faults for n in ("forwards_restarted", "tokens_recomputed"))
+    calm = between(run.windows, Window(run.started_s, run.ended_s))
+    return {
+        "kept": counts.clean and recomputed == 0 and all(e.over for e in run.episodes),
+        "account": dataclasses.asdict(counts),
+        "errors": dict(Counter(e.error for e in run.exchanges if e.error)),
+        "without_failure": {
+            "requests": len(reference),
+            "tokens_per_s": round(sum(e.output_tokens for e in reference) / run.reference_s, 2),
+            "gap_ms": distribution(b - a for e in reference for a, b in intervals(e)),
+        },
+        "between_faults": {
+            "tokens_per_s": _rounded(tokens_per_s(run.exchanges, calm)),
+            "gap_ms": distribution(run.calm_gaps()),
+            "first_token_ms": distribution(outside(run.spans(first_token_wait), run.windows)),
+        },
+        "during_faults": {
+            "tokens_per_s": _rounded(tokens_per_s(run.exchanges, run.windows)),
+            "gap_ms": distribution(g for w in run.windows for g in within(run.spans(intervals), w)),
+            "first_token_ms": distribution(g for w in run.windows for g in within(run.spans(first_token_wait), w)),
+        },
+        "excess_ms": {"median": quantile(excess, 0.5), "worst": max(excess)} if excess else None,
+        "hits": sum(f["hit"] is True for f in faults),
+        "faults": faults,
+    }
+
+
+def _fault(run: Run, episode: Episode, window: Window) -> dict[str, Any]:
+    """The figures of one fault. Affected: a stream whose gap over the kill is longer than any without a fault."""
+    calm_s = max(run.calm_gaps(), default=0.0)
+    longest_s = max(within(run.spans(intervals), window), default=None)
+    over_kill = within(run.spans(intervals), Window(episode.start_s, episode.start_s + 1e-9))
+    return {
+        "killed": [{"id": k.process.id, "kind": k.process.kind, "pid": k.process.pid} for k in episode.killed],
+        "at_s": round(episode.start_s - run.started_s, 3),
+        "streams": episode.streams,
+        "hit": episode.hit,
+        "longest_gap_ms": _ms(longest_s),
+        "excess_ms": None if longest_s is None else _ms(longest_s - calm_s),
+        "gaps_over_kill_ms": sorted(_ms(g) for g in over_kill),
+        "affected_streams": sum(g > calm_s for g in over_kill),
+        "longest_first_token_ms": _ms(max(within(run.spans(first_token_wait), window), default=None)),
+        "noticed_ms": _ms(episode.noticed_s),
+        "rerouted_ms": _ms(episode.rerouted_s),
+        "redundant_ms": _ms(episode.redundant_s),
+        "replaced_ms": _ms(episode.replaced_s),
+        "counters": episode.counted(),
+    }
+
+
+def _ms(seconds: float | None) -> Any:
+    return None if seconds is None else round(seconds * 1e3, 1)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The account for a page of the documentation."""
+    counts, excess = result["account"], result["excess_ms"]
+    lines = [
+        f"{len(result['faults'])} faults ({', '.join(result['config']['kill'])}), {result['hits']} of them known to "
+        f"have hit an outstanding dispatch; {counts['requests']} requests with {counts['tokens']} tokens.",
+        "",
+        "| lost | duplicated | changed | other digests | errors |",
+        "|---|---|---|---|---|",
+        f"| {counts['lost']} | {counts['duplicated']} | {counts['changed']} | "
+        f"{counts['changed_digests'] + counts['missing_digests']} | {counts['errors']} |",
+        "",
+        "| | tokens/s | gap p50 ms | p99 | longest |",
+        "|---|---|---|---|---|",
+        *(
+            _row(name.replace("_", " "), result[name])
+            for name in ("without_failure", "between_faults", "during_faults")
+        ),
+        "",
+    ]
+    if excess:
+        lines += [
+            f"Longest gap per fault less the longest between faults: median {excess['median']} ms, "
+            f"worst {excess['worst']} ms.",
+            "",
+        ]
+    lines += [
+        "| fault | killed | hit | " + " | ".join(c.replace("_", " ") for c in _COLUMNS) + " | rows lost / resent |",
+        "|---" * (len(_COLUMNS) + 4) + "|",
+    ]
+    for number, fault in enumerate(result["faults"], 1):
+        killed = ", ".join(k["id"] for k in fault["killed"])
+        rows = f"{fault['counters'].get('rows_lost', '-')} / {fault['counters'].get('rows_resent', '-')}"
+        cells = [
+            number,
+            killed,
+            {True: "yes", False: "no", None: "?"}[fault["hit"]],
+            *(fault[c] for c in _COLUMNS),
+            rows,
+        ]
+        lines.append("| " + " | ".join("-" if c is None else str(c) for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, figures: dict[str, Any]) -> str:
+    cells = [name, figures["tokens_per_s"], *figures["gap_ms"].values()]
+    return "| " + " | ".join("-" if c is None else str(c) for c in cells) + " |"
