@@ -11,7 +11,7 @@ wrong before anything else sees the content. No pickle: nothing on a wire is exe
 
 Who speaks what (the connecting side is written first)::
 
-    gateway       → router         Hello, Submit, Abort           ← Welcome, Refused, Tokens, Failed
+    gateway       → router         Hello, Submit, Abort           ← Welcome, Refused, Tokens, Failed, RouterStats
     router        → expert server  Hello, Dispatch                ← Welcome, Refused, Reply, NotHere, Failed
     any member    → coordinator    Register, Lease, Held, Leave   ← Registered, Refused, Unknown, View
     launcher      → coordinator    ProvenExit
@@ -218,6 +218,15 @@ class Tokens:
     tokens: list[Token]
 
 
+@_message("router_stats")
+@dataclass(frozen=True, slots=True)
+class RouterStats:
+    """What a router counts since its start and its gauges of now, for its gateways to show. Sent every second."""
+
+    server_id: str
+    values: dict[str, float]
+
+
 # --- member ⇄ coordinator --------------------------------------------------------------------------------------------
 
 
@@ -347,7 +356,7 @@ class ProvenExit:
 
 Message = (
     Hello | Welcome | Refused | Failed | Dispatch | Reply | NotHere | Submit | Abort | Tokens
-    | View | Register | Registered | Unknown | Lease | Held | Leave | ProvenExit
+    | RouterStats | View | Register | Registered | Unknown | Lease | Held | Leave | ProvenExit
 )  # fmt: skip
 
 

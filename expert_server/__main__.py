@@ -1,0 +1,178 @@
+"""`python -m expert_server`: joins a cluster, loads what the plan gives it, serves, and leaves on SIGTERM.
+
+Threads, in the order of their start: *compute* and *lease* at normal priority, *loader* for what comes later; then the
+main thread lowers its own priority (on Linux a thread's own), imports torch and loads the first experts, so that a
+joining process takes little from those that serve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import zmq
+
+from expert_server.config import Config
+from expert_server.loader import Loader
+from expert_server.residency import Residency
+from expert_server.service import Service
+from moering import transport
+from moering.checkpoint import Checkpoint
+from moering.errors import ConfigError, HandshakeError, MoeringError
+from moering.lease import LeaseClient
+from moering.process import incarnation, install_signal_handlers, run_main
+from moering.protocol import Held, Lease, Leave, MemberInfo, Register, View
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertServer:
+    """One expert server process."""
+
+    def __init__(self, config: Config) -> None:
+        if not config.checkpoint:
+            raise ConfigError("--checkpoint is needed")
+        self.config, self.id, self.incarnation = config, config.server_id, incarnation()
+        self.checkpoint = Checkpoint(config.checkpoint)
+        self.residency = Residency()
+        socket = transport.make_socket(zmq.ROUTER, transport.DATA, queue_messages=10_000)
+        self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
+        self.service = Service(socket, self.id, self.incarnation, config.credit_rows, self.residency)
+        self.lease = LeaseClient(config.join, self._register, self._lease, self._on_view, self._on_refused)
+        self.loader = Loader(self.id, self._load, self.residency, self._report)
+        self.state = "JOINING"
+        self.view: View | None = None
+        self._fingerprint = ""
+        self._prepared = threading.Event()  # torch is imported and the probe has run
+        self._stop = threading.Event()
+        self._failure: MoeringError | None = None
+
+    def run(self) -> int:
+        """Serve until SIGTERM. Raises what made serving impossible."""
+        install_signal_handlers(self._stop.set)
+        self.service.start()
+        self.lease.start()
+        threading.Thread(target=self._keep_loading, name="loader", daemon=True).start()
+        threading.Thread(target=self._join_cluster, name="join", daemon=True).start()
+        self._stop.wait()
+        self.lease.close(Leave(self.id, self.incarnation))
+        self.service.close()
+        if self._failure is not None:
+            raise self._failure
+        return 0
+
+    def _join_cluster(self) -> None:
+        """From an empty process to ONLINE, at low priority."""
+        try:
+            if self.config.nice:
+                lower_priority()
+            self._prepare()
+            view = None
+            while not self._has_plan(view) or not self.loader.reconcile(view, gently=False):  # type: ignore[arg-type]
+                view = self.loader.wait_for_change(view)
+            gc.freeze()
+            self.state = "ONLINE"
+            self.lease.renew()
+            logger.info("online at %s with %d experts", self.address, len(self.residency.keys()))
+        except MoeringError as e:
+            self._fail(e)
+
+    def _prepare(self) -> None:
+        """Import torch and prove that this process computes rows as it should."""
+        from expert_server.backend import CpuBackend
+
+        self._backend = CpuBackend(self.config.backend, self.config.threads)
+        self._fingerprint = self._backend.fingerprint
+        cp = self.checkpoint
+        shape = (cp.num_layers, cp.num_experts, cp.hidden_size)
+        self.service.open(cp.path.name, cp.digest, shape, self._backend.compute)
+        self._prepared.set()
+
+    def _has_plan(self, view: View | None) -> bool:
+        return view is not None and view.layers > 0 and self.id in view.servers
+
+    def _keep_loading(self) -> None:
+        """After the first plan: follow every later one, while serving."""
+        view: View | None = None
+        try:
+            while True:
+                view = self.loader.wait_for_change(view)
+                if self.state != "JOINING" and view is not None:
+                    self.loader.reconcile(view, gently=True)
+        except MoeringError as e:
+            self._fail(e)
+
+    def _load(self, layer: int, expert: int) -> tuple[Any, bytes]:
+        weights = self.checkpoint.expert(layer, expert)
+        return self._backend.load(weights), weights.digest
+
+    def _fail(self, error: MoeringError) -> None:
+        self._failure = error
+        self._stop.set()
+
+    # --- membership ---
+
+    def _register(self) -> Register:
+        self._prepared.wait()
+        held, _ = self.residency.report()
+        cp = self.checkpoint
+        return Register(
+            self._member(), cp.path.name, cp.digest, cp.num_layers, cp.num_experts, self._fingerprint, held, None
+        )
+
+    def _member(self) -> MemberInfo:
+        return MemberInfo(
+            "expert-server", self.id, self.incarnation, self.address, os.getpid(), self.state, self.config.zone,
+            self.config.capacity or default_capacity(self.checkpoint.expert_bytes), len(self.residency.keys()),
+        )  # fmt: skip
+
+    def _lease(self) -> Lease:
+        view = self.view
+        return Lease(
+            self.id, self.incarnation, self.state, self.service.progress, self.service.queued, 0.0, [],
+            view.term if view else 0, view.epoch if view else 0, b"",
+        )  # fmt: skip
+
+    def _on_view(self, view: View) -> None:
+        self.view = view
+        self.service.epoch = view.epoch
+        self.loader.view_changed(view)
+
+    def _on_refused(self, reason: str) -> None:
+        self._fail(HandshakeError(f"the coordinator refused this server: {reason}"))
+
+    def _report(self) -> None:
+        held, digests = self.residency.report()
+        self.lease.send(Held(self.id, self.incarnation, held, digests))
+
+
+def lower_priority() -> None:
+    """Lower the priority of the calling thread, where the system has one per thread (Linux)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def default_capacity(expert_bytes: int) -> int:
+    """Experts that fit in 80 % of the memory that is available now; without /proc, of half of all there is."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except OSError:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return max(1, int(free * 0.8) // expert_bytes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_main("expert-server", Config, lambda config: ExpertServer(config).run(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""From checkpoint bytes to loaded experts, and from received rows to the grouped kernel. Imports torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels.expert_ffn import ExpertFFN, grouped_expert_ffn, numerics_fingerprint
+from moering.checkpoint import ExpertWeights, RawTensor
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class CpuBackend:
+    """Experts on the CPU."""
+
+    def __init__(self, arithmetic: str, threads: int) -> None:
+        """`arithmetic`: auto, packed or portable (see `kernels.linear`)."""
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self._arithmetic = arithmetic
+
+    @property
+    def fingerprint(self) -> str:
+        """The numerics probe: equal in all processes whose rows have equal bits."""
+        return numerics_fingerprint(self._arithmetic)
+
+    def load(self, weights: ExpertWeights) -> ExpertFFN:
+        """One expert, packed; the checkpoint's bytes are not kept."""
+        gate, up, down = (as_tensor(t) for t in (weights.gate_proj, weights.up_proj, weights.down_proj))
+        return ExpertFFN(gate, up, down, self._arithmetic)
+
+    def compute(
+        self, hidden: np.ndarray, rows: np.ndarray, counts: list[int], experts: list[Any], out: np.ndarray
+    ) -> None:
+        """`out[i]` = expert of pair i applied to `hidden[rows[i]]`; pairs are sorted by expert, `counts` of each."""
+        grouped_expert_ffn(
+            torch.from_numpy(hidden), torch.from_numpy(rows), counts, experts, torch.from_numpy(out)
+        )  # fmt: skip
+
+
+def as_tensor(raw: RawTensor) -> torch.Tensor:
+    """A tensor over the bytes that were read."""
+    return torch.from_numpy(raw.data).view(_DTYPES[raw.dtype]).reshape(raw.shape)

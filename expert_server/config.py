@@ -1,0 +1,31 @@
+"""Options of an expert server."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from moering.config import option
+
+
+@dataclass(frozen=True)
+class Config:
+    """Run one expert server."""
+
+    checkpoint: str = option("", "directory of the checkpoint, the same on all processes (shared storage)")
+    join: str = option("tcp://127.0.0.1:7000", "address of the coordinator")
+    bind: str = option("tcp://127.0.0.1:*", "where routers connect")
+    advertise: str = option("", "host that routers connect to, when it is not the one bound")
+    id: str = option("", "name that stays over restarts; default: expert- and the host name")
+    zone: str = option("", "failure domain: replicas of an expert are spread over zones first")
+    threads: int = option(1, "threads of one product")
+    capacity: int = option(0, "experts that fit in memory; 0: what fits in 80 % of the memory that is free at start")
+    backend: str = option("auto", "CPU arithmetic", choices=("auto", "packed", "portable"))
+    credit_rows: int = option(4096, "rows that one router may have outstanding here")
+    nice: bool = option(True, "start at low priority until online, so that joining does not slow the others")
+    insecure: bool = option(False, "allow --bind on an address that other machines reach, without encryption")
+
+    @property
+    def server_id(self) -> str:
+        """The name under which this server is known."""
+        return self.id or f"expert-{socket.gethostname()}"

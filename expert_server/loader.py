@@ -1,0 +1,97 @@
+"""Brings what is in memory into line with the plan: loads missing experts from the store, drops superfluous ones."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from expert_server.residency import Key, Residency
+from moering.protocol import View
+
+logger = logging.getLogger(__name__)
+
+REPORT_S = 0.25
+"""Loaded experts are reported in batches, except orphans, for which requests may wait."""
+
+
+class Loader:
+    """Loads and drops the experts of one server. `reconcile` may run on one thread at a time."""
+
+    def __init__(
+        self,
+        server_id: str,
+        load: Callable[[int, int], tuple[Any, bytes]],
+        residency: Residency,
+        report: Callable[[], None],
+    ) -> None:
+        """`load(layer, expert)` returns the expert and its content digest; `report` tells the coordinator."""
+        self._server_id, self._load = server_id, load
+        self._residency, self._report = residency, report
+        self._view: View | None = None
+        self._changed = threading.Condition()
+
+    def view_changed(self, view: View) -> None:
+        """Take note of a newer view; a running `reconcile` turns to it after the expert in hand."""
+        with self._changed:
+            self._view = view
+            self._changed.notify_all()
+
+    def wait_for_change(self, known: View | None) -> View | None:
+        """Block until there is a view other than `known`, and return it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._view is not known)
+            return self._view
+
+    def reconcile(self, view: View, *, gently: bool) -> bool:
+        """Drop and load until memory matches the plan of `view`. False if a newer view cut it short.
+
+        `gently`: rest between experts as long as one took, since requests are being served; not for orphans.
+        """
+        wanted, orphans = targets(view, self._server_id)
+        held = self._residency.keys()
+        for key in sorted(held - wanted.keys()):
+            self._residency.drop(key)
+        if held - wanted.keys():
+            logger.info("dropped %d experts", len(held - wanted.keys()))
+            self._report()
+        missing = sorted(wanted.keys() - held, key=lambda key: (key not in orphans, key))
+        if missing:
+            logger.info("loading %d experts, %d of them orphans", len(missing), len(orphans & set(missing)))
+        return self._load_all(view, missing, orphans, gently)
+
+    def _load_all(self, view: View, missing: list[Key], orphans: set[Key], gently: bool) -> bool:
+        started = reported = time.monotonic()
+        for n, key in enumerate(missing, 1):
+            if self._view is not view:
+                self._report()
+                return False
+            begun = time.monotonic()
+            self._residency.add(key, *self._load(*key))
+            now = time.monotonic()
+            last_orphan = key in orphans and (n == len(missing) or missing[n] not in orphans)
+            if last_orphan or now - reported > REPORT_S or n == len(missing):
+                self._report()
+                reported = now
+            if gently and key not in orphans:
+                time.sleep(now - begun)
+        if missing:
+            logger.info("loaded %d experts in %.1f s", len(missing), time.monotonic() - started)
+        return True
+
+
+def targets(view: View, server_id: str) -> tuple[dict[Key, None], set[Key]]:
+    """The experts that the plan gives to a server, and those of them that no live server has (orphans)."""
+    if server_id not in view.servers:
+        return {}, set()
+    shape = (view.layers, view.experts, view.width)
+    target = np.frombuffer(view.target, "<i2").reshape(shape)
+    routing = np.frombuffer(view.routing, "<i2").reshape(shape)
+    mine = (target == view.servers.index(server_id)).any(axis=2)
+    nowhere = (routing < 0).all(axis=2)
+    wanted: dict[Key, None] = {(int(layer), int(expert)): None for layer, expert in np.argwhere(mine)}
+    return wanted, {key for key in wanted if nowhere[key]}

@@ -1,0 +1,154 @@
+"""The compute thread: receives dispatches, computes them in grouped calls, answers. It owns the routers' socket."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import zmq
+
+from expert_server import batching
+from expert_server.batching import Group, Request
+from expert_server.residency import Residency
+from moering import protocol, transport
+from moering.errors import ProtocolError
+from moering.protocol import MAX_TENSOR_BYTES, Dispatch, Failed, Hello, NotHere, Refused, Reply, Welcome
+
+logger = logging.getLogger(__name__)
+
+Compute = Callable[[np.ndarray, np.ndarray, list[int], list[Any], np.ndarray], None]
+"""(hidden [rows, H], rows [pairs], counts, experts, out [pairs, H]): the grouped expert kernel."""
+
+
+class Service(threading.Thread):
+    """Serves routers with the experts of `residency`. Start it early; it waits for `open`."""
+
+    def __init__(self, socket: Any, server_id: str, incarnation: int, credit_rows: int, residency: Residency) -> None:
+        super().__init__(name="compute", daemon=True)
+        self._socket, self._server_id, self._incarnation = socket, server_id, incarnation
+        self._credit_rows, self._residency = credit_rows, residency
+        self._opened = threading.Event()
+        self._stopping = False
+        self._wakeup = transport.Wakeup()
+        self.progress = 0  # turns of the loop: a lease reports it
+        self.queued = 0
+        self.epoch = 0
+
+    def open(self, model: str, digest: str, shape: tuple[int, int, int], compute: Compute) -> None:
+        """Begin to serve a checkpoint of `shape` = (layers, experts, hidden_size)."""
+        self._model, self._digest, self._compute = model, digest, compute
+        self._layers, self._experts, self._hidden_size = shape
+        self._max_pairs = max(1, MAX_TENSOR_BYTES // (4 * self._hidden_size))
+        self._hidden = np.zeros((self._max_pairs, self._hidden_size), np.float32)
+        self._out = np.zeros((self._max_pairs, self._hidden_size), np.float32)
+        self._opened.set()
+
+    def close(self) -> None:
+        """Stop after the batch in hand."""
+        self._stopping = True
+        self._opened.set()
+        self._wakeup.set()
+        if self.is_alive():
+            self.join(timeout=5.0)
+
+    def run(self) -> None:
+        """The thread's loop: receive, group, compute, reply."""
+        self._opened.wait()
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wakeup.fd, zmq.POLLIN)
+        while not self._stopping:
+            poller.poll()
+            requests = self._receive()
+            self.queued = len(requests)
+            for group in batching.group(requests, self._max_pairs):
+                self._answer(group)
+                self.queued -= len(group.requests)
+            self.progress += 1
+        self._socket.close()
+
+    def _receive(self) -> list[Request]:
+        """All dispatches that are waiting, within the credit of one router; other messages are answered at once."""
+        requests: list[Request] = []
+        rows = 0
+        while rows < self._credit_rows and (frames := transport.try_receive(self._socket)) is not None:
+            request = self._handle(frames[0], frames[1:])
+            if request is not None:
+                requests.append(request)
+                rows += len(request.hidden)
+        return requests
+
+    def _handle(self, identity: bytes, frames: list[bytes]) -> Request | None:
+        try:
+            message, tensor = protocol.decode(frames)
+        except ProtocolError as e:
+            logger.warning("refused a message: %s", e)
+            self._send(identity, Refused(str(e), fatal=True))
+            return None
+        if isinstance(message, Hello):
+            self._send(identity, self._greet(message))
+        elif isinstance(message, Dispatch) and tensor is not None:
+            return self._check(identity, message, tensor)
+        else:
+            self._send(identity, Refused(f"an expert server takes no {message.KIND}", fatal=True))
+        return None
+
+    def _greet(self, hello: Hello) -> Welcome | Refused:
+        if (hello.model, hello.digest) != (self._model, self._digest):
+            return Refused(
+                f"{self._server_id} serves {self._model} with digest {self._digest:.16}…, "
+                f"{hello.server_id} asks for {hello.model} with digest {hello.digest:.16}…",
+                fatal=True,
+            )
+        return Welcome(self._server_id, self._incarnation, self._credit_rows, self._max_pairs)
+
+    def _check(self, identity: bytes, message: Dispatch, tensor: memoryview) -> Request | None:
+        wrong = batching.check(message, self._layers, self._experts, self._hidden_size)
+        if wrong is None and len(message.rows) // 2 > self._max_pairs:
+            wrong = f"more pairs than the {self._max_pairs} of one message"
+        if wrong is not None:
+            logger.warning("refused a dispatch: %s", wrong)
+            self._send(identity, Failed(f"{message.router}/{message.seq}", 0, "bad_request", wrong))
+            return None
+        return batching.request(identity, message, tensor)
+
+    def _answer(self, group: Group) -> None:
+        layer = group.requests[0].message.layer
+        experts = [self._residency.get(layer, e) for e in group.experts]
+        if None in experts:
+            self._answer_without(group, {e for e, x in zip(group.experts, experts, strict=True) if x is None})
+            return
+        started = time.perf_counter_ns()
+        at = 0
+        for r in group.requests:
+            self._hidden[at : at + len(r.hidden)] = r.hidden  # aligned, and one array for the grouped call
+            at += len(r.hidden)
+        out = self._out[: len(group.rows)]
+        self._compute(self._hidden[:at], group.rows, group.counts, experts, out)
+        compute_us = (time.perf_counter_ns() - started) // 1000
+        for r, rows in zip(group.requests, batching.split(group, out), strict=True):
+            m = r.message
+            reply = Reply(m.router, m.seq, self._incarnation, compute_us, "float32", list(rows.shape))
+            self._send(r.identity, reply, rows)
+
+    def _answer_without(self, group: Group, missing: set[int]) -> None:
+        """Some experts are not here: refuse the requests that need them, compute the others."""
+        rest = []
+        for r in group.requests:
+            if missing.isdisjoint(r.experts.tolist()):
+                rest.append(r)
+            else:
+                self._send(r.identity, NotHere(r.message.router, r.message.seq, self._incarnation, self.epoch))
+        for smaller in batching.group(rest, self._max_pairs):
+            self._answer(smaller)
+
+    def _send(self, identity: bytes, message: Any, tensor: np.ndarray | None = None) -> None:
+        frames = [identity, protocol.encode(message)]
+        if tensor is not None:
+            frames.append(memoryview(tensor).cast("B"))  # type: ignore[arg-type]
+        if not transport.try_send(self._socket, frames):
+            logger.info("a router is gone: dropped a %s for it", message.KIND)

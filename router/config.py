@@ -1,0 +1,34 @@
+"""Options of a router."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from moering.config import option
+
+
+@dataclass(frozen=True)
+class Config:
+    """Run one router: attention, gate, KV cache, batching, sampling, and the dispatch of routed tokens."""
+
+    checkpoint: str = option("", "directory of the checkpoint, the same on all processes (shared storage)")
+    join: str = option("tcp://127.0.0.1:7000", "address of the coordinator")
+    bind: str = option("tcp://127.0.0.1:*", "where gateways connect")
+    advertise: str = option("", "host that gateways connect to, when it is not the one bound")
+    id: str = option("", "name that stays over restarts; default: router- and the host name")
+    zone: str = option("", "failure domain")
+    threads: int = option(2, "threads of a product of many rows")
+    backend: str = option("auto", "CPU arithmetic", choices=("auto", "packed", "portable"))
+    max_num_seqs: int = option(64, "sequences that run at once")
+    max_num_batched_tokens: int = option(256, "rows of one step")
+    max_model_len: int = option(0, "tokens of one sequence; 0: what the checkpoint allows")
+    kv_cache_mb: int = option(2048, "memory of the KV cache")
+    micro_batches: int = option(1, "micro-batches in flight: while one waits for experts another computes attention")
+    missing_expert_timeout_s: float = option(30.0, "how long a request waits for an expert that no server has")
+    insecure: bool = option(False, "allow --bind on an address that other machines reach, without encryption")
+
+    @property
+    def server_id(self) -> str:
+        """The name under which this router is known."""
+        return self.id or f"router-{socket.gethostname()}"

@@ -1,0 +1,262 @@
+"""The router's loop: receive, schedule, forward, sample, reply; one thread, blocking sockets.
+
+A forward is split at each MoE layer. Between two layers a micro-batch waits in the exchange for its experts' results,
+so several may be in flight. When experts of some rows have no live replica, those sequences *park*; the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+import zmq
+
+from moering.protocol import Abort, Submit, Token, View
+from moering.transport import Wakeup
+from router.decoder import Decoder
+from router.exchange import Exchange, Finished
+from router.flight import Flight
+from router.frontend import Frontend
+from router.sampler import Sampled, Sampler
+from router.scheduler import Scheduler
+from router.sequence import Sequence, Status
+
+logger = logging.getLogger(__name__)
+
+IDLE_POLL_MS = 100  # how often deadlines and reconnections are looked at while nothing happens
+REPORT_S = 1.0  # between the figures sent to gateways
+
+
+class Engine:
+    """Serves requests until `stop`. `view_changed` and `stop` may be called from any thread."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        scheduler: Scheduler,
+        exchange: Exchange,
+        frontend: Frontend,
+        poller: zmq.Poller,
+        *,
+        threads: int,
+        micro_batches: int,
+        missing_expert_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._decoder, self._scheduler, self._exchange, self._frontend = decoder, scheduler, exchange, frontend
+        self._sampler = Sampler()
+        self._poller, self._clock, self._threads = poller, clock, threads
+        self._micro_batches, self._missing_timeout_s = micro_batches, missing_expert_timeout_s
+        self._wakeup = Wakeup()
+        poller.register(self._wakeup.fd, zmq.POLLIN)
+        poller.register(frontend.socket, zmq.POLLIN)
+        self._new_view: View | None = None
+        self._stopping = False
+        self._next_look_s = self._next_report_s = 0.0
+        self._flights: set[Flight] = set()
+        self._parked: set[Flight] = set()
+        self.view: View | None = None  # the one that routes
+        self.progress = 0
+        self.forwards = self.forward_rows = self.forwards_landed = 0
+        self.loads = np.zeros((0, 0), np.float32)  # tokens per expert since a lease last took them
+
+    # --- from other threads ---
+
+    def view_changed(self, view: View) -> None:
+        """Route by this view from the next turn of the loop on."""
+        self._new_view = view
+        self._wakeup.set()
+
+    def stop(self) -> None:
+        """End `run` after the turn in hand."""
+        self._stopping = True
+        self._wakeup.set()
+
+    @property
+    def queued(self) -> int:
+        """Requests that run or wait."""
+        return len(self._scheduler.waiting) + len(self._scheduler.running)
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start, and gauges of now."""
+        s = self._scheduler
+        return {
+            "num_requests_running": len(s.running),
+            "num_requests_waiting": len(s.waiting),
+            "requests_parked": sum(len(f.items) for f in self._parked),
+            "preemptions": s.num_preemptions,
+            "forwards": self.forwards,
+            "forwards_landed": self.forwards_landed,
+            "forward_rows": self.forward_rows,
+            **dataclasses.asdict(self._exchange.dispatcher.counters),
+        }
+
+    # --- the loop ---
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while not self._stopping:
+            self._receive()
+            self._look()
+            self._start()
+            self._poll()
+            for finished in self._exchange.take_finished():
+                self._advance(finished)
+            self.progress += 1
+        self._exchange.close()
+
+    def _receive(self) -> None:
+        for gateway, message in self._frontend.receive():
+            if isinstance(message, Submit):
+                self._submit(gateway, message)
+            elif isinstance(message, Abort):
+                self._scheduler.abort(message.request_id, message.attempt)
+        if self._new_view is not None:
+            view, self._new_view = self._new_view, None
+            self._exchange.view_changed(view)
+            self.view = view
+            if self.loads.shape != (view.layers, view.experts):
+                self.loads = np.zeros((view.layers, view.experts), np.float32)
+        if self._exchange.changed:
+            self._exchange.changed = False
+            self._retry_parked()
+
+    def _submit(self, gateway: bytes, submit: Submit) -> None:
+        sequence = Sequence.from_submit(submit, gateway, self._clock())
+        refusal = self._scheduler.add(sequence)
+        if refusal is not None:
+            self._frontend.fail(gateway, submit.request_id, submit.attempt, refusal.code, refusal.message)
+
+    def _look(self) -> None:
+        """What time alone brings about: deadlines, reconnections, requests of dead gateways."""
+        now = self._clock()
+        if now < self._next_look_s:
+            return
+        self._next_look_s = now + IDLE_POLL_MS / 1000
+        if now >= self._next_report_s:
+            self._next_report_s = now + REPORT_S
+            self._frontend.report(self.stats())
+        self._exchange.connect_missing()
+        for sequence in self._scheduler.expired(now):
+            self._fail(sequence, "timeout", "the request's deadline has passed")
+        for flight in list(self._parked):
+            late = now - flight.parked_s > self._missing_timeout_s
+            message = "no live replica of an expert that it needs came back in time"
+            self._fail_missing(flight, flight.sequences if late else [], message)
+        if self._frontend.gone:
+            gone, self._frontend.gone = self._frontend.gone, set()
+            for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
+                if sequence.gateway in gone:
+                    self._scheduler.cancel(sequence)
+
+    def _start(self) -> None:
+        """Fill up the micro-batches in flight; parked ones do not count."""
+        while len(self._flights) < self._micro_batches and (batch := self._scheduler.schedule()) is not None:
+            flight = Flight(self._decoder, batch.items, self._threads, self._clock())
+            self._flights.add(flight)
+            self.forwards += 1
+            self.forward_rows += flight.rows
+            self._to_experts(flight)
+
+    def _poll(self) -> None:
+        """Wait for something to happen, not at all when there is something to do."""
+        ready = self._poller.poll(IDLE_POLL_MS)
+        if any(s == self._wakeup.fd for s, _ in ready):
+            self._wakeup.clear()
+        self._exchange.handle(ready)
+
+    # --- a flight through the layers ---
+
+    def _to_experts(self, flight: Flight) -> None:
+        flight.until_experts()
+        _, topk_ids, _ = flight.expert_arrays()
+        if self.loads.size:
+            np.add.at(self.loads[flight.layer], topk_ids.reshape(-1), 1)
+        self._exchange.submit(flight)
+
+    def _advance(self, finished: Finished) -> None:
+        flight: Flight = finished.micro_batch
+        if len(finished.poisoned):
+            for sequence in flight.sequences_of(finished.poisoned):
+                self._fail(sequence, "poison", "this request was being computed at several failures in a row")
+        if len(finished.missing):
+            self._park(flight, finished.missing)
+        elif flight.after_experts():
+            self._land(flight)
+        else:
+            self._to_experts(flight)
+
+    def _land(self, flight: Flight) -> None:
+        """The last layer is done: sample, report, and free what has ended."""
+        self._flights.discard(flight)
+        self.forwards_landed += 1
+        chunks = self._scheduler.complete(flight.items)
+        if chunks:
+            sequences = [chunk.sequence for chunk in chunks]
+            logits = flight.logits(chunks)
+            for sequence, sampled in zip(sequences, self._sampler(logits, sequences), strict=True):
+                self._emit(sequence, sampled)
+            self._frontend.flush()
+        if not flight.was_parked:
+            shape = flight.batch
+            self._scheduler.cost.record(shape.decode_rows, shape.prefill_tokens, self._clock() - flight.started_s)
+
+    def _emit(self, sequence: Sequence, sampled: Sampled | None) -> None:
+        if sampled is None:
+            self._fail(sequence, "internal", "the model's output is not finite")
+            return
+        position = len(sequence.output)
+        reason = self._scheduler.update(sequence, sampled.token_id)
+        token = Token(
+            sequence.request_id, sequence.attempt, position, sampled.token_id, reason, sampled.logprob,
+            sampled.top_ids, sampled.top_logprobs, sampled.logits_digest,
+        )  # fmt: skip
+        self._frontend.add(sequence.gateway, token)
+
+    # --- experts without a live replica ---
+
+    def _park(self, flight: Flight, missing: np.ndarray) -> None:
+        """Sequences whose experts are missing wait, or fail if they asked to; the rest of the micro-batch goes on."""
+        self._flights.discard(flight)
+        top_k = flight.expert_arrays()[1].shape[1]
+        waiting = flight.sequences_of(missing // top_k)
+        rest = [s for s in flight.sequences if s not in waiting]
+        logger.warning("layer %d: no live replica for rows of %d requests; they wait", flight.layer, len(waiting))
+        parked = flight.split(waiting, missing)
+        parked.parked_s = self._clock()
+        self._parked.add(parked)
+        impatient = [s for s in waiting if s.sampling.on_missing_expert == "fail"]
+        self._fail_missing(parked, impatient, "an expert that it needs has no live replica")
+        if rest:
+            others = flight.split(rest, np.empty(0, np.int64))
+            self._flights.add(others)
+            self._advance(Finished(others, np.empty(0, np.int64), np.empty(0, np.int64)))
+
+    def _retry_parked(self) -> None:
+        """The routes have changed: send what is missing, as far as that is possible now."""
+        for flight in list(self._parked):
+            self._drop_if_dead(flight)
+        parked, self._parked = self._parked, set()
+        for flight in parked:
+            self._flights.add(flight)
+            self._exchange.submit(flight, flight.missing)
+
+    def _fail_missing(self, flight: Flight, sequences: list[Sequence], message: str) -> None:
+        for sequence in sequences:
+            self._fail(sequence, "no_replica", message)
+        self._drop_if_dead(flight)
+
+    def _drop_if_dead(self, flight: Flight) -> None:
+        """Nobody waits for a parked flight any more: free what it holds."""
+        if all(s.status is Status.FINISHED for s in flight.sequences):
+            self._parked.discard(flight)
+            self._scheduler.complete(flight.items)
+
+    def _fail(self, sequence: Sequence, code: str, message: str) -> None:
+        """End a request with an error, once. In flight, its rows go on as tombstones."""
+        if sequence.status is not Status.FINISHED:
+            self._scheduler.cancel(sequence)
+            self._frontend.fail(sequence.gateway, sequence.request_id, sequence.attempt, code, message)

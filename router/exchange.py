@@ -1,0 +1,215 @@
+"""The zmq shell of the dispatch state machine: carries rows to expert servers and puts their results in place.
+
+It decides nothing: it turns messages, connections and lost connections into events of `Dispatcher`, and carries out
+its instructions. Used by the engine's thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import zmq
+
+from moering import protocol
+from moering.errors import ProtocolError
+from moering.protocol import Dispatch as DispatchMessage
+from moering.protocol import Failed, Hello, MemberInfo, NotHere, Refused, Reply, View, Welcome
+from router.connection import Connection
+from router.dispatch import Complete, Dispatch, Dispatcher, Instruction, Poisoned, Send
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.1  # between attempts to reach a server that the plan still names
+REFUSED_RETRY_S = 5.0  # after an answer that will hardly change
+HANDSHAKE_S = 2.0
+
+
+class Rows(Protocol):
+    """What the exchange needs of a micro-batch. Arrays share memory with its tensors."""
+
+    layer: int
+    prefill: bool
+
+    def expert_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(hidden float32 [n, H], topk_ids int64 [n, k], expert_output float32 [n × k, H])."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """All that can be computed now of a micro-batch's layer is. `missing` slots have no live replica."""
+
+    micro_batch: Any
+    missing: np.ndarray
+    poisoned: np.ndarray  # rows to be failed
+
+
+class Exchange:
+    """All connections to expert servers, and the works in progress."""
+
+    def __init__(self, hello: Hello, poller: zmq.Poller, clock: Callable[[], float]) -> None:
+        self.dispatcher = Dispatcher()
+        self.changed = False  # routes were gained since the engine last looked: held slots may be tried again
+        self._hello, self._poller, self._clock = hello, poller, clock
+        self._members: dict[str, MemberInfo] = {}
+        self._connections: dict[str, Connection] = {}
+        self._by_socket: dict[Any, Connection] = {}
+        self._retry_at: dict[str, float] = {}
+        self._micro_batches: dict[int, Any] = {}
+        self._poisoned: dict[int, list[np.ndarray]] = {}
+        self._finished: list[Finished] = []
+        self._next_work = 0
+
+    # --- the engine's side ---
+
+    def submit(self, micro_batch: Rows, slots: np.ndarray | None = None) -> None:
+        """Have the experts of the micro-batch's layer computed, all or just these slots; see `take_finished`."""
+        self._next_work += 1
+        self._micro_batches[self._next_work] = micro_batch
+        _, topk_ids, _ = micro_batch.expert_arrays()
+        now = self._clock()
+        self._do(
+            self.dispatcher.submit(self._next_work, micro_batch.layer, topk_ids, slots, micro_batch.prefill, now)
+        )  # fmt: skip
+
+    def take_finished(self) -> list[Finished]:
+        """Works that ended since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def view_changed(self, view: View) -> None:
+        """Follow a newer plan: connect to who is new, let go of who is gone."""
+        servers = {m.server_id: m for m in view.members if m.kind == "expert-server" and m.state != "OFFLINE"}
+        self._members = servers
+        self.dispatcher.view_changed(view, self._clock())
+        for connection in list(self._connections.values()):
+            member = servers.get(connection.server_id)
+            if member is None or member.incarnation != connection.incarnation:
+                self._lose(connection, "the plan has it no more")
+        self.connect_missing()
+        self.changed = True
+
+    def connect_missing(self) -> None:
+        """Connect to servers of the plan that we are not connected to, each when its time has come."""
+        now = self._clock()
+        for server_id, member in self._members.items():
+            connection = self._connections.get(server_id)
+            due = self._retry_at.get(server_id, 0.0)
+            if connection is not None and not connection.welcomed and now >= due:
+                self._lose(connection, "no answer to hello")
+            elif connection is None and now >= due and member.address:
+                self._retry_at[server_id] = now + HANDSHAKE_S
+                self._connect(member)
+
+    @property
+    def suspects(self) -> list[str]:
+        """Servers of the plan that this router routes around."""
+        up = {s for s, connection in self._connections.items() if connection.welcomed}
+        return [s for s, member in self._members.items() if s not in up and member.state != "JOINING"]
+
+    # --- messages ---
+
+    def handle(self, ready: list[tuple[Any, int]]) -> None:
+        """Act on what a poll found. Replies come before losses: a dead server's last answers still count."""
+        connections = {c.server_id: c for s, _ in ready if (c := self._by_socket.get(s)) is not None}
+        for connection in connections.values():
+            self._drain(connection)
+        for connection in connections.values():
+            if connection.open and connection.lost():
+                self._drain(connection)
+                self._lose(connection, "the connection is lost")
+
+    def close(self) -> None:
+        """Close all connections."""
+        for connection in list(self._connections.values()):
+            self._close(connection)
+
+    def _connect(self, member: MemberInfo) -> None:
+        try:
+            connection = Connection(member, self._hello)
+        except OSError as e:
+            logger.warning("cannot connect to %s at %s: %s; trying again", member.server_id, member.address, e)
+            return
+        self._connections[member.server_id] = connection
+        self._by_socket[connection.socket] = self._by_socket[connection.watch] = connection
+        connection.register(self._poller)
+
+    def _drain(self, connection: Connection) -> None:
+        while connection.open and (frames := connection.receive()) is not None:
+            try:
+                message, tensor = protocol.decode(frames)
+            except ProtocolError as e:
+                self._lose(connection, f"a bad message ({e})", REFUSED_RETRY_S)
+            else:
+                self._take(connection, message, tensor)
+
+    def _take(self, connection: Connection, message: Any, tensor: memoryview | None) -> None:
+        server, now = connection.server_id, self._clock()
+        if isinstance(message, Reply) and tensor is not None:
+            self._put(connection, message, tensor)
+        elif isinstance(message, NotHere):
+            self._do(self.dispatcher.not_here(server, message.incarnation, message.seq, now))
+        elif isinstance(message, Welcome) and message.incarnation == connection.incarnation:
+            connection.welcomed = True
+            self.dispatcher.connected(server, message.incarnation, message.credit_rows, message.max_rows, now)
+            self.changed = True
+            logger.info("connected to %s", server)
+        elif isinstance(message, Refused | Failed):
+            reason = message.reason if isinstance(message, Refused) else message.message
+            logger.error("%s refused: %s", server, reason)
+            self._lose(connection, "it refused", REFUSED_RETRY_S)
+        else:
+            self._lose(connection, f"an unexpected {message.KIND}", REFUSED_RETRY_S)
+
+    def _put(self, connection: Connection, reply: Reply, tensor: memoryview) -> None:
+        """Write the rows of a reply to the slots it answers."""
+        server = connection.server_id
+        d = self.dispatcher.find(server, reply.incarnation, reply.seq, reply.shape[0])
+        if d is None:
+            return
+        _, _, output = self._micro_batches[d.work].expert_arrays()
+        if reply.dtype != "float32" or reply.shape[1] != output.shape[1]:
+            self._lose(connection, f"a reply of {reply.dtype} {reply.shape}", REFUSED_RETRY_S)
+            return
+        output[d.slots] = np.frombuffer(tensor, "<f4").reshape(reply.shape)
+        self._do(self.dispatcher.replied(d, self._clock()))
+
+    def _do(self, instructions: list[Instruction]) -> None:
+        for i in instructions:
+            if isinstance(i, Send):
+                self._send(i.dispatch)
+            elif isinstance(i, Poisoned):
+                self._poisoned.setdefault(i.work, []).append(i.rows)
+            elif isinstance(i, Complete):
+                poisoned = self._poisoned.pop(i.work, [np.empty(0, np.int64)])
+                mb = self._micro_batches.pop(i.work)
+                self._finished.append(Finished(mb, i.missing, np.concatenate(poisoned)))
+
+    def _send(self, d: Dispatch) -> None:
+        hidden, _, _ = self._micro_batches[d.work].expert_arrays()
+        rows = hidden if len(d.rows) == len(hidden) else hidden[d.rows]
+        message = DispatchMessage(
+            self._hello.incarnation, d.seq, d.layer, d.prefill, d.local_rows.tobytes(),
+            d.experts.astype("<u2").tobytes(), "float32", list(rows.shape),
+        )  # fmt: skip
+        # A failed send needs no answer here: the connection is lost, which will bring the dispatch back.
+        self._connections[d.server].send(message, memoryview(rows).cast("B"))
+
+    def _lose(self, connection: Connection, why: str, retry_s: float = RETRY_S) -> None:
+        server, now = connection.server_id, self._clock()
+        self._close(connection)
+        self._retry_at[server] = now + retry_s
+        outstanding = len(self.dispatcher.outstanding_at(server))
+        if connection.welcomed:
+            logger.warning("%s: %s; sending %d dispatches to replicas", server, why, outstanding)
+        self._do(self.dispatcher.disconnected(server, now))
+
+    def _close(self, connection: Connection) -> None:
+        connection.unregister(self._poller)
+        del self._by_socket[connection.socket], self._by_socket[connection.watch]
+        del self._connections[connection.server_id]
+        connection.close()

@@ -1,0 +1,106 @@
+"""A micro-batch on its way through the layers, with the sequences whose rows it carries."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+
+from router.attention_plan import SequenceChunk
+from router.decoder import Decoder
+from router.micro_batch import MicroBatch
+from router.scheduler import Batch, ScheduledChunk
+from router.sequence import Sequence as Request
+
+FEW_ROWS = 8
+"""Below this many rows a second thread costs more than it brings (measured on two cores)."""
+
+
+class Flight:
+    """Rows of the chunks `items`, in their order. The exchange sees it as `router.exchange.Rows`."""
+
+    def __init__(self, decoder: Decoder, items: Sequence[ScheduledChunk], threads: int, started_s: float) -> None:
+        self._decoder, self._threads = decoder, threads
+        self.items, self.started_s = list(items), started_s
+        self.was_parked = False
+        self.parked_s = 0.0
+        self.missing = np.empty(0, np.int64)  # slots that wait for a replica, while parked
+        chunks = [SequenceChunk(i.sequence.block_table, i.start, i.length) for i in items]
+        token_ids = [t for i in items for t in i.sequence.tokens(i.start, i.length)]
+        self._row_ends = np.cumsum([i.length for i in items])
+        self.prefill = len(token_ids) > len(items)
+        self.micro_batch: MicroBatch = decoder.start(token_ids, chunks)
+        self._rewire()
+
+    # --- what the exchange sees ---
+
+    @property
+    def layer(self) -> int:
+        """The layer whose experts are computed."""
+        return self.micro_batch.layer
+
+    def expert_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(hidden float32 [n, H], topk_ids int64 [n, k], expert_output float32 [n × k, H]), sharing memory."""
+        return self._hidden, self._topk_ids, self._output
+
+    # --- through the layers ---
+
+    def until_experts(self) -> None:
+        """Compute up to the gate of the current layer."""
+        torch.set_num_threads(1 if self.micro_batch.rows < FEW_ROWS else self._threads)
+        self._decoder.until_experts(self.micro_batch)
+        self._topk_ids = self.micro_batch.topk_ids.numpy()
+
+    def after_experts(self) -> bool:
+        """Take in the experts' outputs; True after the last layer."""
+        self._decoder.after_experts(self.micro_batch)
+        return self.micro_batch.layer == self._decoder.config.num_layers
+
+    def logits(self, chunks: Sequence[ScheduledChunk]) -> torch.Tensor:
+        """The logits of the last row of each of these chunks, all of them items of this flight."""
+        rows = [int(end) - 1 for item, end in zip(self.items, self._row_ends, strict=True) if item in chunks]
+        torch.set_num_threads(self._threads)
+        return self._decoder.logits(self.micro_batch, rows)
+
+    # --- sequences and rows ---
+
+    @property
+    def sequences(self) -> list[Request]:
+        """The sequences, in the order of their rows."""
+        return [item.sequence for item in self.items]
+
+    def sequences_of(self, rows: np.ndarray) -> list[Request]:
+        """The sequences that these rows belong to."""
+        return [self.items[i].sequence for i in np.unique(self._row_ends.searchsorted(rows, side="right"))]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.micro_batch.rows
+
+    @property
+    def batch(self) -> Batch:
+        """The shape of the step, for its cost."""
+        return Batch(self.items)
+
+    def split(self, sequences: Collection[Request], missing: np.ndarray) -> Flight:
+        """A flight of some of the sequences, at the same point of the same layer. `missing` slots are renumbered."""
+        chosen = [n for n, item in enumerate(self.items) if item.sequence in sequences]
+        part = Flight(self._decoder, [self.items[n] for n in chosen], self._threads, self.started_s)
+        starts = self._row_ends - [i.length for i in self.items]
+        rows = np.concatenate([np.arange(starts[n], self._row_ends[n]) for n in chosen])
+        index, mine, whole = torch.from_numpy(rows), part.micro_batch, self.micro_batch
+        mine.layer = whole.layer
+        for name in ("residual", "expert_input", "expert_output", "topk_ids", "topk_weights"):
+            setattr(mine, name, getattr(whole, name).index_select(0, index))
+        part._rewire()
+        top_k = whole.topk_ids.shape[1]
+        part.missing = np.searchsorted(rows, missing // top_k) * top_k + missing % top_k
+        part.was_parked = True
+        return part
+
+    def _rewire(self) -> None:
+        mb = self.micro_batch
+        self._hidden, self._topk_ids = mb.expert_input.numpy(), mb.topk_ids.numpy()
+        self._output = mb.expert_output.numpy().reshape(-1, self._hidden.shape[1])

@@ -1,0 +1,69 @@
+"""The router's side of its gateways: requests and aborts come in, tokens and failures go out. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from typing import Any
+
+from moering import protocol, transport
+from moering.errors import ProtocolError
+from moering.protocol import Abort, Failed, Hello, Refused, RouterStats, Submit, Token, Tokens, Welcome
+
+logger = logging.getLogger(__name__)
+
+
+class Frontend:
+    """The socket that gateways connect to. Used by the engine's thread only."""
+
+    def __init__(self, socket: Any, server_id: str, incarnation: int, max_num_seqs: int) -> None:
+        self.socket = socket
+        self._welcome = Welcome(server_id, incarnation, max_num_seqs, max_num_seqs)
+        self._tokens: dict[bytes, list[Token]] = defaultdict(list)
+        self._gateways: set[bytes] = set()
+        self.gone: set[bytes] = set()  # gateways that a send found dead; their requests are to be aborted
+
+    def receive(self) -> list[tuple[bytes, Submit | Abort]]:
+        """All requests and aborts that are waiting, with the gateway's identity. Other messages are answered here."""
+        messages = []
+        while (frames := transport.try_receive(self.socket)) is not None:
+            identity = frames[0]
+            try:
+                message, _ = protocol.decode(frames[1:])
+            except ProtocolError as e:
+                logger.warning("refused a message: %s", e)
+                self._send(identity, Refused(str(e), fatal=True))
+                continue
+            if isinstance(message, Submit | Abort):
+                messages.append((identity, message))
+            elif isinstance(message, Hello):
+                self._gateways.add(identity)
+                self._send(identity, self._welcome)
+            else:
+                self._send(identity, Refused(f"a router takes no {message.KIND}", fatal=True))
+        return messages
+
+    def add(self, gateway: bytes, token: Token) -> None:
+        """Send this token with the next `flush`."""
+        self._tokens[gateway].append(token)
+
+    def flush(self) -> None:
+        """Send what `add` collected: one message per gateway and step."""
+        for gateway, tokens in self._tokens.items():
+            self._send(gateway, Tokens(tokens))
+        self._tokens.clear()
+
+    def report(self, values: dict[str, float]) -> None:
+        """Send the router's figures to all gateways."""
+        for gateway in list(self._gateways):
+            self._send(gateway, RouterStats(self._welcome.server_id, values))
+
+    def fail(self, gateway: bytes, request_id: str, attempt: int, code: str, message: str) -> None:
+        """End a request with an error, after the tokens it already has."""
+        self.flush()
+        self._send(gateway, Failed(request_id, attempt, code, message))
+
+    def _send(self, identity: bytes, message: Any) -> None:
+        if not transport.try_send(self.socket, [identity, protocol.encode(message)]):
+            self.gone.add(identity)
+            self._gateways.discard(identity)
