@@ -4,6 +4,7 @@ Experts are distinct and scaled so that they matter: without them the logits mov
 """
 
 import json
+import math
 import string
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def _dense_tensors(
     vocab: int,
 ) -> Tensors:
     def matrix(rows: int, columns: int) -> np.ndarray:
-        return rng.standard_normal((rows, columns)) / np.sqrt(columns)
+        return rng.normal(0, 1 / math.sqrt(columns), (rows, columns))
 
     def norm(size: int) -> np.ndarray:
         return np.asarray(1 + 0.1 * rng.standard_normal(size))
