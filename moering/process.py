@@ -14,7 +14,6 @@ where ``run(config: Config) -> int`` serves until it is told to stop and returns
 from __future__ import annotations
 
 import ctypes
-import faulthandler
 import logging
 import os
 import secrets
@@ -54,7 +53,6 @@ def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Se
     exceptions are bugs and leave with their traceback. Log lines carry the config's ``id`` where it has one, else
     `kind`.
     """
-    faulthandler.enable()
     watch_launcher()
     prog = f"moering {kind}"
     try:
@@ -70,8 +68,8 @@ def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Se
 
 def command_line(kind: str) -> list[str]:
     """How a process of a kind is started, without its flags."""
-    # -P: a directory called `router` where the user stands must not be taken for ours.
-    return [sys.executable, "-P", "-m", MODULES[kind]]
+    # -P: a directory called `router` where the user stands must not be taken for ours. A native crash says where.
+    return [sys.executable, "-P", "-X", "faulthandler", "-m", MODULES[kind]]
 
 
 def incarnation() -> int:

@@ -1,0 +1,17 @@
+"""The launcher over stub processes: ``python -m tests.moering.stub_launcher DIRECTORY PORT COORDINATOR BEHAVIOUR``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from moering.launcher import STOP_ORDER, Config, serve
+from moering.telemetry import set_up_logging
+from tests.moering.stubs import stub
+
+if __name__ == "__main__":
+    directory, port, coordinator, behaviour = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    set_up_logging("serve")
+    processes = [stub(directory, f"{kind}-0", kind, f"http:{port}" if kind == "gateway" else behaviour)
+                 for kind in reversed(STOP_ORDER)]  # fmt: skip
+    sys.exit(serve(Config(port=port), processes, coordinator))

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from moering import launcher, protocol, transport
+from moering.errors import ConfigError
+from moering.launcher import STOP_ORDER, Config, commands
+from moering.process import command_line
+from tests.moering.stubs import DEADLINE_S, Mailbox
+
+IDS = [f"{kind}-0" for kind in STOP_ORDER]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Launched:
+    """The launcher as a process of its own, over stub processes, with the test as their coordinator's socket."""
+
+    def __init__(self, mailbox: Mailbox, behaviour: str = "serve") -> None:
+        self.mailbox = mailbox
+        self.port = free_port()
+        self.coordinator = transport.make_socket(zmq.ROUTER)
+        address = transport.bind(self.coordinator, f"ipc://{mailbox.directory}/coordinator")
+        module = [sys.executable, "-m", "tests.moering.stub_launcher"]
+        self.process = subprocess.Popen(
+            [*module, str(mailbox.directory), str(self.port), address, behaviour], stdout=subprocess.PIPE, text=True
+        )
+        self.pids = {server_id: pid for server_id, (_, pid) in mailbox.started(len(STOP_ORDER)).items()}
+
+    def line(self) -> str:
+        """The next line of the launcher's standard output."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(DEADLINE_S)
+        if not self.mailbox.all_dead(within_s=2.0):  # a test fails; that is no reason to leave them behind
+            for pid in self.pids.values():
+                os.kill(pid, signal.SIGKILL)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.coordinator.close(0)
+
+
+@pytest.fixture
+def launched(mailbox: Mailbox) -> Iterator[Launched]:
+    launched = Launched(mailbox)
+    yield launched
+    launched.close()
+
+
+def test_says_in_one_line_when_requests_are_accepted(launched: Launched) -> None:
+    assert launched.line() == (
+        f"Ready: http://127.0.0.1:{launched.port}/v1 serves stub; "
+        "0 expert replicas on 0 expert servers; 1 failure of an expert server is survived\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_processes_in_order(launched: Launched, mailbox: Mailbox, number: int) -> None:
+    launched.process.send_signal(number)
+    assert launched.process.wait(DEADLINE_S) == 0
+    assert mailbox.rest() == [(i, event) for i in IDS for event in ("told to stop", "ends")]
+
+
+def test_a_proven_exit_goes_to_the_coordinator(launched: Launched, mailbox: Mailbox) -> None:
+    pid = launched.pids["expert-server-0"]
+    os.kill(pid, signal.SIGKILL)
+    assert launched.coordinator.poll(DEADLINE_S * 1000)
+    _, *frames = launched.coordinator.recv_multipart()
+    proof = protocol.ProvenExit("expert-server-0", pid, -signal.SIGKILL)
+    assert protocol.decode(frames) == (proof, None)
+    assert mailbox.started()["expert-server-0"][0] == 1
+
+
+# A process that is inside native code and keeps the interpreter lock cannot act on anything itself: Linux ends it.
+@pytest.mark.parametrize("behaviour", ["serve", "wedged"] if sys.platform == "linux" else ["serve"])
+def test_a_killed_launcher_leaves_no_process(mailbox: Mailbox, behaviour: str) -> None:
+    launched = Launched(mailbox, behaviour)
+    try:
+        launched.process.kill()
+        assert mailbox.all_dead(within_s=2.0)
+        assert mailbox.rest() == []
+    finally:
+        launched.close()
+
+
+def argv(config: Config, server_id: str, start: int = 0) -> list[str]:
+    command = next(c for c in commands(config, Path("/models/m"), Path("/run/r")) if c.id == server_id)
+    return list(command.argv(start))[len(command_line("gateway")) - 1 :]  # from the module on
+
+
+def test_each_process_gets_its_flags() -> None:
+    config = Config(port=8123, router_args="--max-num-seqs 4", gateway_args="--queue=7")
+    ids = [c.id for c in commands(config, Path("/models/m"), Path("/run/r"))]
+    assert ids == ["coordinator", "expert-0", "expert-1", "expert-2", "router-0", "gateway-0"]
+    join = ["--checkpoint", "/models/m", "--join", "ipc:///run/r/coordinator"]
+    size = ["--expert-servers", "3", "--replication", "2"]
+    assert argv(config, "coordinator") == ["moering.coordinator", "--bind", "ipc:///run/r/coordinator", *size]
+    bind = ["--id", "expert-1", "--bind", "ipc:///run/r/expert-1.0"]
+    assert argv(config, "expert-1") == ["expert_server", *join, *bind]
+    bind = ["--id", "router-0", "--bind", "ipc:///run/r/router-0.0"]
+    assert argv(config, "router-0") == ["router", *join, *bind, "--max-num-seqs", "4"]
+    http = ["--host", "127.0.0.1", "--port", "8123", "--served-model-name", "default"]
+    assert argv(config, "gateway-0") == ["gateway", *join, "--id", "gateway-0", *http, "--queue=7"]
+
+
+def test_only_the_coordinator_keeps_its_address_over_a_restart() -> None:
+    config = Config()
+    assert argv(config, "expert-1", start=2)[-1] == "ipc:///run/r/expert-1.2"
+    assert argv(config, "coordinator", start=2) == argv(config, "coordinator")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(Config("/models/m"), "m"), (Config("/models/m", served_model_name="x"), "x"), (Config(), "default")],
+)
+def test_the_served_model_has_a_name(config: Config, name: str) -> None:
+    assert argv(config, "gateway-0")[-1] == name
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"expert_servers": 0}, "expert server"),
+        ({"routers": 0}, "router"),
+        ({"replication": 4}, "replication 4"),
+        ({"replication": 0}, "replication 0"),
+        ({"port": 0}, "port 0"),
+        ({"port": 65536}, "port 65536"),
+    ],
+)
+def test_impossible_numbers_are_refused(values: dict[str, int], names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        Config(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("0.0.0.0", "http://127.0.0.1:80"), ("::", "http://[::1]:80"), ("box", "http://box:80")],
+)
+def test_this_machine_reaches_a_wildcard_address_by_loopback(host: str, url: str) -> None:
+    assert Config(host=host, port=80).url == url
+
+
+def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert launcher.main(["--port", str(port)]) == 2
+    assert f"moering serve: cannot listen on 127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
+
+
+def test_a_model_that_is_no_directory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launcher.main([str(tmp_path / "nothing"), "--port", str(free_port())]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error == [f"moering serve: {tmp_path}/nothing is neither `default` nor a checkpoint directory"]
+
+
+def test_the_run_directory_is_private_and_its_path_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * launcher.MAX_RUN_DIRECTORY_CHARS)
+    long.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
+    directory = launcher._make_run_directory()
+    try:
+        assert directory.stat().st_mode & 0o777 == 0o700
+        assert len(str(directory)) < launcher.MAX_RUN_DIRECTORY_CHARS
+    finally:
+        directory.rmdir()
