@@ -20,66 +20,11 @@ import numpy as np
 
 from moering.protocol import View
 from router.choose import Health, choose, rank_all
+from router.instructions import Complete, Counters, Dispatch, Instruction, Poisoned, Send
 
-POISON_DEATHS = 3
-"""A lone row whose dispatch was outstanding at this many deaths is ended with an error, so that it kills no more."""
-
-
-@dataclass(slots=True, eq=False)
-class Dispatch:
-    """Slots of one work on their way to one server."""
-
-    seq: int
-    work: int
-    layer: int
-    server: str
-    slots: np.ndarray  # int64 [pairs], sorted by expert
-    experts: np.ndarray  # int64 [pairs]
-    rows: np.ndarray  # int64 [rows], rows of the micro-batch to send, ascending
-    local_rows: np.ndarray  # uint16 [pairs], index into `rows`
-    prefill: bool
-    sent_s: float
-    deaths: int
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send this dispatch to its server now."""
-
-    dispatch: Dispatch
-
-
-@dataclass(frozen=True, slots=True)
-class Complete:
-    """Nothing of this work is outstanding. `missing` slots have no live replica: hold them; else the work is done."""
-
-    work: int
-    missing: np.ndarray  # int64, ascending
-
-
-@dataclass(frozen=True, slots=True)
-class Poisoned:
-    """These rows of the work were outstanding at `POISON_DEATHS` deaths, each time alone: end their requests."""
-
-    work: int
-    rows: np.ndarray
-
-
-Instruction = Send | Complete | Poisoned
-
-
-@dataclass
-class Counters:
-    """What the router reports of its dispatches; all counts since its start."""
-
-    dispatches: int = 0
-    rows: int = 0
-    dispatches_lost: int = 0
-    rows_lost: int = 0
-    rows_resent: int = 0
-    not_here: int = 0
-    stale_replies: int = 0
-    servers_lost: int = 0
+QUARANTINE_DEATHS, POISON_DEATHS = 2, 3
+"""Rows outstanding at two deaths may be their cause: they go on alone, and in halves at each further death. A lone row
+outstanding at three deaths is ended with an error, so that it kills no more."""
 
 
 @dataclass(slots=True)
@@ -121,6 +66,8 @@ class Dispatcher:
         self._route = np.full((0, 0), -1, np.int16)
         self._route_valid_until_s = 0.0
         self._next_seq = 0
+        self._quarantine: deque[tuple[int, np.ndarray, int]] = deque()  # work, slots, deaths
+        self._suspects: set[int] = set()  # outstanding dispatches out of the quarantine
 
     # --- work ---
 
@@ -151,9 +98,9 @@ class Dispatcher:
         """The rows of a reply that `find` accepted are in place."""
         del self._outstanding[dispatch.seq]
         self.health[dispatch.server].answered()
-        instructions = self._settle(dispatch)
+        self._suspects.discard(dispatch.seq)
         self._works[dispatch.work].outstanding -= 1
-        return instructions + self._completed(dispatch.work)
+        return self._settle(dispatch) + self._completed(dispatch.work) + self._release_suspect(now_s)
 
     def not_here(self, server: str, incarnation: int, seq: int, now_s: float) -> list[Instruction]:
         """The server lacks experts of that dispatch: look again, without those replicas until the next plan."""
@@ -275,29 +222,40 @@ class Dispatcher:
         for d in lost:
             w = self._works[d.work]
             w.outstanding -= 1
-            if died:
-                self.counters.rows_resent += len(d.rows)
-            for slots, deaths in self._quarantined(d, w, died, instructions):
-                instructions += self._send(d.work, slots, deaths, now_s)
+            alone = d.seq in self._suspects
+            self._suspects.discard(d.seq)
+            deaths = d.deaths + died
+            if died and alone and len(d.rows) == 1 and deaths >= POISON_DEATHS:
+                instructions.append(Poisoned(d.work, d.rows))
+            else:
+                self.counters.rows_resent += len(d.rows) * died
+                if deaths < QUARANTINE_DEATHS:
+                    instructions += self._send(d.work, np.sort(d.slots), deaths, now_s)
+                else:
+                    self._isolate(d, w, deaths, halve=died)
             instructions += self._completed(d.work)
-        return instructions
+        return instructions + self._release_suspect(now_s)
 
-    def _quarantined(
-        self, d: Dispatch, w: _Work, died: bool, instructions: list[Instruction]
-    ) -> list[tuple[np.ndarray, int]]:
-        """What to send again of a lost dispatch. Rows that saw two deaths go on in halves, to find a poisonous one."""
-        deaths = d.deaths + died
+    def _isolate(self, d: Dispatch, w: _Work, deaths: int, *, halve: bool) -> None:
+        """Put rows that may be poisonous into quarantine, in halves that go on one after the other."""
         slots = np.sort(d.slots)
-        if deaths < 2 or not died:
-            return [(slots, deaths)]
-        rows = d.rows
-        if len(rows) > 1:
-            middle = rows[len(rows) // 2]
-            return [(slots[slots // w.top_k < middle], deaths), (slots[slots // w.top_k >= middle], deaths)]
-        if deaths < POISON_DEATHS:
-            return [(slots, deaths)]
-        instructions.append(Poisoned(d.work, rows))
-        return []
+        middle = d.rows[len(d.rows) // 2] if halve else d.rows[0]
+        first = slots // w.top_k < middle
+        for part in (slots[~first], slots[first]):  # the first half in front
+            if len(part):
+                w.outstanding += 1
+                self._quarantine.appendleft((d.work, part, deaths))
+
+    def _release_suspect(self, now_s: float) -> list[Instruction]:
+        """Send the next of the quarantined rows, unless some are out already: only one may be near the next death."""
+        instructions: list[Instruction] = []
+        while self._quarantine and not self._suspects:
+            work, slots, deaths = self._quarantine.popleft()
+            self._works[work].outstanding -= 1
+            first = self._next_seq + 1
+            instructions += self._send(work, slots, deaths, now_s) + self._completed(work)
+            self._suspects = set(range(first, self._next_seq + 1))
+        return instructions
 
     def _completed(self, work: int) -> list[Instruction]:
         w = self._works.get(work)

@@ -19,7 +19,8 @@ from moering.errors import ProtocolError
 from moering.protocol import Dispatch as DispatchMessage
 from moering.protocol import Failed, Hello, MemberInfo, NotHere, Refused, Reply, View, Welcome
 from router.connection import Connection
-from router.dispatch import Complete, Dispatch, Dispatcher, Instruction, Poisoned, Send
+from router.dispatch import Dispatcher
+from router.instructions import Complete, Dispatch, Instruction, Poisoned, Send
 
 logger = logging.getLogger(__name__)
 
