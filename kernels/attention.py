@@ -24,7 +24,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
     """Softmax attention, scaled by 1/sqrt(head_dim).
 
     query [b, h, m, d] with m a multiple of 4, key and value [b, h, n, d] (any strides but the last) with n from
-    `padded_key_length`, `mask` additive, broadcast to [b, 1, m, n]; 0 or -inf, and finite for key 0. Returns [b, h, m, d].
+    `padded_key_length`; `mask` additive, broadcast to [b, 1, m, n], 0 or -inf, and 0 for key 0. Returns [b, h, m, d].
     """
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 

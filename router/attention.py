@@ -27,7 +27,8 @@ def pair_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
     The rotary embedding turns (i, i + d/2); as neighbours they are one complex number, and the whole embedding one
     product. Queries and keys are reordered alike, so their scores stay what they were.
     """
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    rows, *rest = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, *rest).transpose(1, 2).reshape(weight.shape)
 
 
 class Attention:

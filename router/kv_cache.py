@@ -45,7 +45,7 @@ class BlockManager:
     """
 
     def __init__(self, num_blocks: int, span: int = 1) -> None:
-        """`span`: blocks of the longest sequence; while memory is plentiful each sequence gets room to grow that far."""
+        """`span`: blocks of the longest sequence; while memory is plentiful each one gets room to grow that far."""
         if num_blocks < 1 or span < 1:
             raise ValueError(f"{num_blocks} blocks in spans of {span}")
         self.num_blocks = num_blocks
