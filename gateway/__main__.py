@@ -1,0 +1,33 @@
+"""`python -m gateway`: run one gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import uvloop
+
+from gateway.config import Config
+from gateway.server import serve
+from moering.errors import ConfigError
+from moering.process import run_main
+
+
+def run(config: Config) -> int:
+    """Serve until told to stop."""
+    if not config.model:
+        raise ConfigError("the checkpoint's directory is missing")
+    if not config.join:
+        raise ConfigError("--join is missing: the coordinator's address")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve(config))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The process's main function; returns the exit status."""
+    return run_main("gateway", Config, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

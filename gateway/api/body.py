@@ -1,0 +1,51 @@
+"""Reading a request's JSON body, and the checks that all endpoints share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from aiohttp import web
+
+from gateway.errors import ApiError, bad_request
+from gateway.fields import Body
+from gateway.model import Model
+
+_LARGE_BYTES = 256 << 10
+"""Parsing or tokenizing more than this takes milliseconds: not on the event loop, where all streams wait for it."""
+
+
+async def read_json(request: web.Request) -> Body:
+    """The body as an object. 415, 413 or 400 when it is something else."""
+    if request.content_type != "application/json" and not request.content_type.endswith("+json"):
+        raise ApiError(415, "the Content-Type must be application/json")
+    data = await request.read()
+    try:
+        body: Any = await _off_loop(len(data), json.loads, data)
+    except (ValueError, RecursionError) as e:
+        raise bad_request("the request body is not valid JSON") from e
+    if not isinstance(body, dict):
+        raise bad_request("the request body must be a JSON object")
+    return body
+
+
+def check_model(body: Body, model: Model) -> None:
+    """404 for a model that is not served here; without the field, the one there is."""
+    name = body.get("model")
+    if name is None or name == model.name:
+        return
+    if not isinstance(name, str):
+        raise bad_request("'model' must be a string", "model")
+    raise ApiError(404, f"the model {name[:200]!r} does not exist", "model", "model_not_found")
+
+
+async def encode(model: Model, text: str, param: str, add_special_tokens: bool) -> list[int]:
+    """Token ids of `text`; a long text is tokenized in a thread."""
+    return await _off_loop(len(text), model.encode, text, param, add_special_tokens)  # type: ignore[no-any-return]
+
+
+async def _off_loop(size: int, function: Any, *args: Any) -> Any:
+    if size < _LARGE_BYTES:
+        return function(*args)
+    return await asyncio.get_running_loop().run_in_executor(None, function, *args)

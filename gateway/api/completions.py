@@ -1,0 +1,46 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from gateway import fields
+from gateway.api.body import check_model, encode, read_json
+from gateway.api.generate import generate
+from gateway.errors import bad_request
+from gateway.formats import CompletionFormat
+from gateway.model import Model
+from gateway.request import parse_options
+from gateway.services import SERVICES
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """Continue one or several texts."""
+    services = request.app[SERVICES]
+    model = services.model
+    body = await read_json(request)
+    check_model(body, model)
+    options = parse_options(body, False, model.vocab_size, model.eos_ids, services.config.max_choices)
+    prompts = await read_prompts(model, body.get("prompt"), services.config.max_choices)
+    return await generate(request, services, prompts, options, "cmpl-", CompletionFormat)
+
+
+async def read_prompts(model: Model, value: Any, max_prompts: int) -> list[list[int]]:
+    """Token ids of each prompt: from a string, a list of strings, a list of ids, or a list of lists of ids."""
+    if isinstance(value, str):
+        value = [value]
+    if type(value) is not list or not value:
+        raise bad_request("'prompt' must be text or token ids, and not empty", "prompt")
+    if type(value[0]) is int:
+        value = [value]
+    if len(value) > max_prompts:
+        raise bad_request(f"'prompt' holds {len(value)} prompts; the limit is {max_prompts}", "prompt")
+    return [await _read_prompt(model, prompt) for prompt in value]
+
+
+async def _read_prompt(model: Model, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return await encode(model, prompt, "prompt", add_special_tokens=True)
+    return fields.token_ids(prompt, "prompt", model.vocab_size)

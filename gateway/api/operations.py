@@ -1,0 +1,53 @@
+"""Health, readiness, metrics, version and the cluster's status."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from ipaddress import ip_address
+
+from aiohttp import web
+
+from gateway.errors import ApiError
+from gateway.services import SERVICES
+
+
+async def health(request: web.Request) -> web.Response:
+    """This process lives."""
+    return web.json_response({"status": "ok"})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """200 when requests are accepted; 503 with the reason while loading or draining."""
+    reason = request.app[SERVICES].not_ready()
+    if reason is not None:
+        raise ApiError(503, reason, code="not_ready", retry_after_s=1)
+    return web.json_response({"status": "ready"})
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """Prometheus text."""
+    body = request.app[SERVICES].metrics.render()
+    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+async def get_version(request: web.Request) -> web.Response:
+    """The release that is running."""
+    try:
+        return web.json_response({"version": version("moering")})
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return web.json_response({"version": "unknown"})
+
+
+async def status(request: web.Request) -> web.Response:
+    """The cluster as this gateway sees it, for `moering status`. Until there are keys, only for this machine."""
+    if not _from_this_machine(request):
+        raise ApiError(403, "the admin interface answers only requests from its own machine", code="forbidden")
+    services = request.app[SERVICES]
+    return web.json_response(services.cluster.status(services.member()))
+
+
+def _from_this_machine(request: web.Request) -> bool:
+    try:
+        return ip_address(request.remote or "").is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,84 @@
+"""Runs a generation and answers with it, whole or as a stream."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from gateway.errors import ApiError
+from gateway.formats import Format, Object
+from gateway.generation import Generation
+from gateway.output import ChoiceOutput, Delta
+from gateway.services import Services
+from gateway.sse import DONE, EventStream, send_json
+
+
+async def respond(
+    request: web.Request, services: Services, generation: Generation, formatter: Format
+) -> web.StreamResponse:
+    """Generate and answer. However this ends (finished, failed, client gone), nothing stays under way."""
+    services.admit(len(generation.outputs))
+    try:
+        generation.start()
+        if generation.options.stream:
+            return await _stream(request, services, generation, formatter)
+        return await _whole(request, services, generation, formatter)
+    finally:
+        generation.close()
+
+
+async def _whole(
+    request: web.Request, services: Services, generation: Generation, formatter: Format
+) -> web.StreamResponse:
+    wholes = [Delta() for _ in generation.outputs]
+    async for deltas in generation.deltas():
+        for output, delta in deltas:
+            whole = wholes[output.index]
+            whole.text += delta.text
+            whole.tokens += delta.tokens
+            whole.finish_reason = delta.finish_reason
+    body = formatter.response(generation.outputs, wholes, usage(generation))
+    return await send_json(request, services.guard, body)
+
+
+async def _stream(
+    request: web.Request, services: Services, generation: Generation, formatter: Format
+) -> web.StreamResponse:
+    if request.transport is None:
+        raise ConnectionResetError("the client is gone")
+    with services.guard.watch(request.transport) as watched:
+        stream = EventStream(request, watched)
+        try:
+            async for deltas in generation.deltas():
+                await _send_deltas(stream, generation.outputs, deltas, formatter)
+            if generation.options.include_usage:
+                await stream.send(formatter.usage_chunk(usage(generation)))
+            await stream.write(DONE)
+        except ApiError as e:
+            if stream.response is None:
+                raise
+            await stream.send(e.body())
+    response = stream.response
+    assert response is not None  # a generation has at least one token, or it failed
+    return response
+
+
+async def _send_deltas(
+    stream: EventStream,
+    outputs: list[ChoiceOutput],
+    deltas: list[tuple[ChoiceOutput, Delta]],
+    formatter: Format,
+) -> None:
+    if stream.response is None:
+        for chunk in formatter.opening(outputs):
+            await stream.send(chunk)
+    for output, delta in deltas:
+        event = formatter.chunk(output, delta)
+        if event is not None:
+            await stream.send(event)
+
+
+def usage(generation: Generation) -> Object:
+    """Token counts; a prompt counts once, however many choices it has."""
+    prompt = sum(len(p) for p in generation.prompts)
+    completion = sum(o.completion_tokens for o in generation.outputs)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

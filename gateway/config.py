@@ -1,0 +1,30 @@
+"""The options of a gateway process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moering.config import option
+
+
+@dataclass(frozen=True)
+class Config:
+    """moering gateway: the OpenAI-compatible HTTP front end."""
+
+    model: str = option(
+        "", "checkpoint directory: tokenizer and configuration are read, weights are not", positional=True
+    )
+    served_model_name: str = option("", "name that clients use for the model (default: the directory's name)")
+    join: str = option("", "zmq address of the coordinator")
+    id: str = option("gateway-0", "name of this process, stable over restarts")
+    zone: str = option("", "failure domain of this process")
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "TCP port to listen on; 0 lets the system choose")
+    max_model_len_tokens: int = option(0, "context length, prompt and answer together (0: the model's)")
+    max_requests: int = option(256, "choices generated or queued at once; beyond it 429 with Retry-After")
+    max_choices: int = option(64, "limit of prompts times n in one HTTP request")
+    max_body_bytes: int = option(32 << 20, "limit of a request body")
+    request_timeout_s: float = option(600.0, "a request that takes longer ends with an error")
+    stall_timeout_s: float = option(30.0, "a client that reads nothing for this long is cut off")
+    drain_timeout_s: float = option(30.0, "time that running requests get after SIGTERM")
+    log_interval_s: float = option(10.0, "one log line with the load this often while there is load")

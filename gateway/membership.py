@@ -1,0 +1,71 @@
+"""This process as a member of the cluster: the lease thread's calls, brought to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from gateway.services import Services
+from moering.lease import LeaseClient
+from moering.protocol import Lease, Leave, Register, View
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.5
+
+
+def apply_view(services: Services, view: View) -> None:
+    """Take a newer view, on the event loop."""
+    was_covered = services.cluster.covered
+    services.cluster.apply(view)
+    if services.cluster.covered and not was_covered:
+        logger.info("all experts are being served (epoch %d)", view.epoch)
+    services.pool.update(view.members)
+
+
+@contextlib.asynccontextmanager
+async def joined(services: Services, on_refused: Callable[[], None]) -> AsyncIterator[None]:
+    """Hold a lease from the coordinator and apply its views. `on_refused` is called on the event loop."""
+    loop = asyncio.get_running_loop()
+    progress = _Progress()
+    own = services.own
+
+    def register() -> Register:
+        name = services.model.checkpoint_name
+        return Register(services.member(), name, "", 0, 0, "", b"", None)
+
+    def lease() -> Lease:
+        view = services.cluster.view
+        term, epoch = (0, 0) if view is None else (view.term, view.epoch)
+        state, queued = services.member().state, len(services.journal)
+        return Lease(own.server_id, own.incarnation, state, progress.turns, queued, 0.0, [], term, epoch, b"")
+
+    def refused(reason: str) -> None:
+        logger.error("the coordinator refuses this gateway: %s", reason)
+        loop.call_soon_threadsafe(on_refused)
+
+    def on_view(view: View) -> None:
+        loop.call_soon_threadsafe(apply_view, services, view)
+
+    client = LeaseClient(services.config.join, register, lease, on_view, refused)
+    client.start()
+    ticker = asyncio.create_task(progress.run())
+    try:
+        yield
+    finally:
+        ticker.cancel()
+        await loop.run_in_executor(None, client.close, Leave(own.server_id, own.incarnation))
+
+
+class _Progress:
+    """Counts turns of the event loop, so that the coordinator sees one that hangs."""
+
+    def __init__(self) -> None:
+        self.turns = 0
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.turns += 1

@@ -1,0 +1,63 @@
+"""Around every handler: request ids, errors as OpenAI bodies, counting."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from contextvars import ContextVar
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from gateway.errors import ApiError
+from gateway.services import SERVICES
+from gateway.sse import dumps
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the request that the current task handles."""
+
+
+@web.middleware
+async def envelope(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every error into JSON without paths or tracebacks; log what is a bug."""
+    given = request.headers.get("X-Request-Id", "")
+    request_id.set(given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}")
+    try:
+        response = await handler(request)
+    except ApiError as e:
+        response = error_response(e)
+    except web.HTTPException as e:
+        response = error_response(ApiError(e.status, _text(e)))
+        for name in set(e.headers) & {"Allow"}:
+            response.headers[name] = e.headers[name]
+    except ConnectionError:
+        raise  # the client is gone: aiohttp knows
+    except Exception:
+        logger.exception("request %s failed", request_id.get())
+        response = error_response(ApiError(500, "internal error", code="internal"))
+    request.app[SERVICES].metrics.http_responses.labels(status=str(response.status)).inc()
+    return response
+
+
+async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    """`on_response_prepare`: also streams carry the id."""
+    response.headers["X-Request-Id"] = request_id.get()
+
+
+def error_response(error: ApiError) -> web.Response:
+    """The JSON response for an error."""
+    return web.Response(
+        body=dumps(error.body()), status=error.status, headers=error.headers(), content_type="application/json"
+    )
+
+
+def _text(e: web.HTTPException) -> str:
+    if e.status == 413:
+        return "the request body is larger than this server accepts"
+    if e.status == 404:
+        return "there is no such endpoint"
+    return str(e.reason).lower()

@@ -1,0 +1,205 @@
+"""Which router computes what: connections to all routers of the view, and the way of each record to one of them.
+
+A record goes to the router with the least outstanding work. When that router is lost (disconnected, stuck, gone from
+the view, restarted) the record goes to another one with what the client already has, or is held until there is one,
+bounded by its deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from gateway.journal import Journal, Record
+from gateway.router_link import RouterLink
+from moering import transport
+from moering.errors import HandshakeError
+from moering.protocol import Abort, Failed, Hello, MemberInfo, Tokens
+
+logger = logging.getLogger(__name__)
+
+MAX_FRUITLESS_ATTEMPTS = 5
+"""A request that outlives this many routers without one token is taken to be what kills them."""
+RETRY_S = (0.05, 2.0)
+"""First and longest pause before connecting to the same router again."""
+
+Key = tuple[str, int]  # server id, incarnation
+
+
+class RouterPool:
+    """Owns the links and the open records' way; all methods must be called on the event loop."""
+
+    def __init__(self, journal: Journal, hello: Hello) -> None:
+        self._journal = journal
+        self._hello = hello
+        self._members: dict[Key, MemberInfo] = {}
+        self._keepers: dict[Key, asyncio.Task[None]] = {}
+        self._links: dict[Key, RouterLink] = {}
+        self._routes: dict[Record, RouterLink] = {}
+        self._timers: dict[Record, asyncio.TimerHandle] = {}
+        self._held: dict[Record, None] = {}  # an ordered set: first come, first served
+        self._sockets = itertools.count(1)
+        self.failovers = 0  # submissions that continued on another router or another connection
+
+    def update(self, members: Iterable[MemberInfo]) -> None:
+        """Apply the routers of a new view."""
+        routers = {(m.server_id, m.incarnation): m for m in members if m.kind == "router" and m.address}
+        self._members = {k: m for k, m in routers.items() if m.state in ("ONLINE", "DRAINING")}
+        for key in [k for k in self._keepers if k not in self._members]:
+            logger.info("router %s (incarnation %d) left the view", *key)
+            self._keepers.pop(key).cancel()
+            self._drop(key)
+        for key, member in self._members.items():
+            if key not in self._keepers:
+                self._keepers[key] = asyncio.create_task(self._keep(key, member), name=f"router-{key[0]}")
+        self._submit_held()
+
+    @property
+    def connected(self) -> int:
+        """Routers that new requests can go to."""
+        return len(self._usable())
+
+    @property
+    def held(self) -> int:
+        """Records that wait for a router."""
+        return len(self._held)
+
+    def open(self, record: Record) -> None:
+        """Start a record; its events go to its sink, the last of them within the deadline."""
+        self._journal.add(record)
+        loop = asyncio.get_running_loop()
+        self._timers[record] = loop.call_at(record.deadline, self._expire, record)
+        self._assign(record)
+
+    def cancel(self, record: Record) -> None:
+        """End a record that nobody waits for any more; nothing happens if it has ended."""
+        if self._journal.close(record):
+            self._abort(record)
+
+    def fail_all(self, message: str) -> None:
+        """End all open records with an error."""
+        for record in self._journal.records():
+            self._journal.fail(record, "overloaded", message)
+            self._abort(record)
+
+    async def close(self) -> None:
+        """Drop all connections; open records end with an error."""
+        self.fail_all("the server is shutting down")
+        self._members.clear()
+        keepers, self._keepers = list(self._keepers.values()), {}
+        for keeper in keepers:
+            keeper.cancel()
+        await asyncio.gather(*keepers, return_exceptions=True)
+        for key in list(self._links):
+            self._drop(key)
+
+    # --- records -----------------------------------------------------------------------------------------------------
+
+    def _assign(self, record: Record) -> None:
+        """Send the record to the router with the least work, or hold it."""
+        usable = self._usable()
+        if not usable:
+            self._held[record] = None
+            return
+        if record.fruitless >= MAX_FRUITLESS_ATTEMPTS:
+            self._journal.fail(record, "poison", "the request was given up: each router that computed it was lost")
+            self._forget(record)
+            return
+        link = min(usable, key=lambda x: x.load)
+        if record.attempt:
+            self.failovers += 1
+        self._held.pop(record, None)
+        self._routes[record] = link
+        link.records.add(record)
+        link.send(record.next_submit(asyncio.get_running_loop().time()))  # if it fails, the lost link gives it back
+
+    def _usable(self) -> list[RouterLink]:
+        ready = ((self._members.get(key), link) for key, link in self._links.items() if link.ready)
+        return [link for member, link in ready if member is not None and member.state == "ONLINE"]
+
+    def _submit_held(self) -> None:
+        for record in list(self._held):
+            self._assign(record)
+
+    def _expire(self, record: Record) -> None:
+        self._journal.fail(record, "timeout", "the request took longer than the server's limit")
+        self._abort(record)
+
+    def _abort(self, record: Record) -> None:
+        link = self._routes.get(record)
+        self._forget(record)
+        if link is not None:
+            link.send(Abort(record.request_id, record.attempt))
+
+    def _forget(self, record: Record) -> None:
+        """Drop all that is kept for a record that has ended."""
+        self._timers.pop(record).cancel()
+        self._held.pop(record, None)
+        link = self._routes.pop(record, None)
+        if link is not None:
+            link.records.discard(record)
+
+    def _receive(self, message: Any) -> None:
+        if isinstance(message, Tokens):
+            for token in message.tokens:
+                ended = self._journal.take(token)
+                if ended is not None:
+                    self._forget(ended)
+        elif isinstance(message, Failed):
+            ended = self._journal.take_failed(message)
+            if ended is not None:
+                self._forget(ended)
+        else:
+            logger.warning("dropped an unexpected %s message from a router", message.KIND)
+
+    # --- links -------------------------------------------------------------------------------------------------------
+
+    async def _keep(self, key: Key, member: MemberInfo) -> None:
+        """Stay connected to one incarnation of a router for as long as the view has it."""
+        retry_s, longest_s = RETRY_S
+        while True:
+            reason, was_ready = await self._connect_once(key, member)
+            if isinstance(reason, HandshakeError):
+                logger.error("router %s at %s is not used: %s", member.server_id, member.address, reason)
+                return
+            retry_s = RETRY_S[0] if was_ready else min(2 * retry_s, longest_s)
+            logger.debug("router %s at %s: %s; again in %.2f s", member.server_id, member.address, reason, retry_s)
+            await asyncio.sleep(retry_s)
+
+    async def _connect_once(self, key: Key, member: MemberInfo) -> tuple[Exception, bool]:
+        """Hold one connection until it is lost: the reason, and whether it was ever usable."""
+        loop = asyncio.get_running_loop()
+        try:
+            address = await loop.run_in_executor(None, transport.resolve, member.address)
+        except (OSError, ValueError) as e:
+            return e, False
+        identity = f"{self._hello.server_id}/{self._hello.incarnation}/{next(self._sockets)}".encode()
+        link = RouterLink(member, address, identity, self._hello, self._on_ready, self._receive)
+        self._links[key] = link
+        reason = await link.lost
+        self._drop(key)
+        return reason, link.welcomed
+
+    def _on_ready(self, link: RouterLink) -> None:
+        logger.info("connected to router %s at %s", link.member.server_id, link.member.address)
+        self._submit_held()
+
+    def _drop(self, key: Key) -> None:
+        """Close a link; its records go on elsewhere, or are held."""
+        link = self._links.pop(key, None)
+        if link is None:
+            return
+        link.close()
+        orphans, link.records = sorted(link.records, key=lambda r: r.deadline), set()
+        for record in orphans:
+            self._routes.pop(record)
+            self._assign(record)
+        if link.welcomed:
+            held = sum(record in self._held for record in orphans)
+            logger.warning(
+                "router %s was lost with %d requests; %d go on elsewhere, %d wait for a router",
+                *(key[0], len(orphans), len(orphans) - held, held),
+            )

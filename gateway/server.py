@@ -1,0 +1,105 @@
+"""One gateway process from start to exit: membership, HTTP, signals. Start-up and clean-up come in pairs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+
+from aiohttp import web
+
+from gateway.app import make_app
+from gateway.config import Config
+from gateway.membership import joined
+from gateway.model import Model, load_model
+from gateway.reporter import report_load
+from gateway.services import Services, make_services
+from moering import process
+from moering.errors import ConfigError
+from moering.protocol import MemberInfo
+
+logger = logging.getLogger(__name__)
+
+SEND_BUFFER_BYTES = 128 << 10
+"""Kernel memory for a client that does not read. Left alone, the kernel lets it grow to megabytes."""
+FLUSH_S = 2.0
+"""Time that the last events get to reach their clients after the drain's limit."""
+
+
+async def serve(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status."""
+    stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    _handle_signals(lambda: _resolve(stop, 0))
+    model = load_model(config.model, config.served_model_name, config.max_model_len_tokens)
+    async with running(config, model) as services, joined(services, on_refused=lambda: _resolve(stop, 1)):
+        logger.info("serving %s at %s", model.name, services.own.address)
+        status = await stop
+        services.cluster.draining = True
+        logger.info("stopping; %d requests may finish within %g s", len(services.journal), config.drain_timeout_s)
+    return status
+
+
+@contextlib.asynccontextmanager
+async def running(config: Config, model: Model) -> AsyncIterator[Services]:
+    """The HTTP server. Its end stops accepting, lets running requests finish within the limit, then cuts them off."""
+    listener = listen(config.host, config.port)
+    services = make_services(config, model, _own(config, listener.getsockname()[1]))
+    tasks = [asyncio.create_task(services.guard.run()), asyncio.create_task(report_load(services))]
+    runner = web.AppRunner(
+        make_app(services),
+        handler_cancellation=True,  # a client that goes away cancels its handler, which aborts the request
+        access_log=None,
+        shutdown_timeout=config.drain_timeout_s + FLUSH_S,
+    )
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listener, backlog=1024).start()
+        yield services
+    finally:
+        services.cluster.draining = True
+        asyncio.get_running_loop().call_later(config.drain_timeout_s, services.pool.fail_all, "the server is stopping")
+        await runner.cleanup()
+        await services.pool.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket whose connections have small send buffers. Raises `ConfigError`."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as e:
+        raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror or e}") from e
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    return listener
+
+
+def _own(config: Config, port: int) -> MemberInfo:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"http://{host}:{port}"
+    return MemberInfo("gateway", config.id, process.incarnation(), address, os.getpid(), "JOINING", config.zone, 0, 0)
+
+
+def _handle_signals(on_stop: Callable[[], None]) -> None:
+    """The first SIGTERM or SIGINT begins to drain, a second one ends the process at once."""
+    received: list[int] = []
+
+    def handle(signum: int) -> None:
+        received.append(signum)
+        if len(received) > 1:
+            os._exit(128 + signum)
+        on_stop()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, handle, signum)
+
+
+def _resolve(future: asyncio.Future[int], status: int) -> None:
+    if not future.done():
+        future.set_result(status)
