@@ -111,8 +111,8 @@ def watch_launcher() -> None:
     os.set_inheritable(fd, False)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != launcher:  # it died before the signal was asked for
-            os._exit(1)
+    if os.getppid() != launcher:  # it died before the signal was asked for
+        os._exit(1)
     threading.Thread(target=_exit_at_eof, args=(fd,), name="launcher-watch", daemon=True).start()
 
 
