@@ -83,7 +83,7 @@ def _token(row: NDArray[np.float32], sequence: Sequence) -> int | None:
     weights = np.exp((logits.astype(np.float64) - float(logits[best])) / sampling.temperature)
     ids = allowed(weights, sampling)
     u = uniform(sampling.seed, sampling.choice, len(sequence.output))
-    return _inverse_cdf(weights, u) if ids is None else int(ids[_inverse_cdf(weights[ids], u)])
+    return inverse_cdf(weights, u) if ids is None else int(ids[inverse_cdf(weights[ids], u)])
 
 
 def _changes_logits(sequence: Sequence) -> bool:
@@ -158,7 +158,7 @@ def _nucleus(weights: Floats, top_p: float) -> Ints:
     return np.flatnonzero(chosen)
 
 
-def _inverse_cdf(weights: Floats, u: float) -> int:
+def inverse_cdf(weights: Floats, u: float) -> int:
     """The first index at which the cumulative weight exceeds `u` × the total; never one without weight."""
     mass = np.cumsum(weights)
     index = np.searchsorted(mass, u * mass[-1], side="right")

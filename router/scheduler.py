@@ -31,8 +31,8 @@ class BlockManager(Protocol):
     def free_blocks(self) -> int:
         """How many can be allocated now."""
 
-    def allocate(self, n: int) -> list[int]:
-        """`n` blocks; only called with n ≤ free_blocks."""
+    def allocate(self, n: int, after: int | None = None) -> list[int]:
+        """`n` blocks, only called with n ≤ free_blocks; `after`: the last block of the sequence they extend."""
 
     def free(self, blocks: list[int]) -> None:
         """Give blocks back."""
@@ -187,7 +187,8 @@ class Scheduler:
         if missing > self._blocks.free_blocks:
             return False
         if missing:
-            sequence.block_table += self._blocks.allocate(missing)
+            table = sequence.block_table
+            table += self._blocks.allocate(missing, after=table[-1] if table else None)
         return True
 
     def _prefills(self, budget: int) -> list[ScheduledChunk]:

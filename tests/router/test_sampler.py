@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moering.protocol import Sampling
-from router.sampler import Sampler, allowed, uniform
+from router.sampler import Sampler, allowed, inverse_cdf, uniform
 from router.sequence import Sequence
 
 VARIANTS = [
@@ -100,6 +100,11 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(temperature):
     assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < 22.5  # 6 degrees, p = 0.001
 
 
+def test_the_draw_never_takes_what_has_no_weight():
+    weights = np.array([0.0, 0.25, 0.0, 0.75, 0.0])
+    assert [inverse_cdf(weights, u) for u in (0.0, 0.2, 0.25, 0.9, 1.0)] == [1, 1, 3, 3, 3]
+
+
 def test_seed_choice_and_position_each_change_the_draw():
     row = torch.zeros(10_000)
     variants = [make(seed=1), make(seed=2), make(seed=1, choice=1), make(seed=1, output=[5])]
@@ -163,6 +168,7 @@ def test_stop_ids_are_masked_until_min_tokens():
     row, limits = [0.0, 9.0, 8.0, 1.0], {"stop_token_ids": [1, 2], "min_tokens": 2}
     greedy = [one(row, make(output=[0] * n, temperature=0.0, **limits)).token_id for n in range(4)]
     assert greedy == [3, 3, 1, 1]
+    assert one(row, make(output=[0] * 2, temperature=0.0, logit_bias={0: 1.0}, **limits)).token_id == 1
     drawn = {one(row, make(output=[0], seed=seed, **limits)).token_id for seed in range(100)}
     assert drawn == {0, 3}
 
@@ -171,6 +177,7 @@ def test_logit_bias_is_added():
     row = [1.0, 0.0, 0.0]
     assert one(row, make(prompt=[0], temperature=0.0, logit_bias={2: 1.5})).token_id == 2
     assert one(row, make(prompt=[0], temperature=0.0, logit_bias={0: -100.0, 1: 0.25})).token_id == 1
+    assert one(row, make(prompt=[0], temperature=0.0, logit_bias={0: 0.5, 1: 1.25})).token_id == 0
 
 
 def penalized(row, prompt, output, repetition, frequency, presence):

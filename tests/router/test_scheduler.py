@@ -1,110 +1,9 @@
-"""The scheduler against a model of the KV cache: a token is a function of what the block table really holds."""
-
-import random
-import zlib
-
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from moering.protocol import Sampling
-from router.scheduler import PREFILL_LANES, Scheduler
+from router.scheduler import PREFILL_LANES
 from router.sequence import Sequence, Status
 from router.step_cost import MIN_PREFILL_TOKENS, StepCost
-
-BLOCK, VOCAB = 4, 50
-
-
-class FakeBlocks:
-    def __init__(self, n):
-        self._free, self._n = set(range(n)), n
-
-    @property
-    def free_blocks(self):
-        return len(self._free)
-
-    def allocate(self, n):
-        assert 0 < n <= len(self._free)
-        return [self._free.pop() for _ in range(n)]
-
-    def free(self, blocks):
-        assert not self._free & set(blocks)
-        self._free |= set(blocks)
-
-
-def next_token(tokens):
-    return zlib.crc32(bytes(tokens)) % VOCAB
-
-
-class Engine:
-    """The engine's loop around a scheduler; its forward writes and reads a cache by block table."""
-
-    def __init__(self, blocks=100, seqs=8, batched=16, max_len=60, cost=None):
-        self.blocks = FakeBlocks(blocks)
-        self.scheduler = Scheduler(self.blocks, seqs, batched, BLOCK, max_len, cost or StepCost(), VOCAB)
-        self.cache = {}  # (block, offset) -> token
-        self.flying = []  # (batch, tokens) whose forward has not ended
-
-    def start(self):
-        batch = self.scheduler.schedule()
-        if batch is not None:
-            self.flying.append((batch, [self._forward(item) for item in batch.items]))
-        return batch
-
-    def _forward(self, item):
-        s = item.sequence
-        for position, token in enumerate(s.tokens(item.start, item.length), item.start):
-            self.cache[s.block_table[position // BLOCK], position % BLOCK] = token
-        end = item.start + item.length
-        return next_token([self.cache[s.block_table[p // BLOCK], p % BLOCK] for p in range(end)])
-
-    def end(self, index=0):
-        """End a batch in flight. Returns the sequences that finished."""
-        batch, tokens = self.flying.pop(index)
-        token_of = {item.sequence: token for item, token in zip(batch.items, tokens, strict=True)}
-        to_sample = self.scheduler.complete(batch.items)
-        return [i.sequence for i in to_sample if self.scheduler.update(i.sequence, token_of[i.sequence])]
-
-    def step(self):
-        batch = self.start()
-        return batch, self.end() if batch else []
-
-    def run(self, most=2000):
-        for _ in range(most):
-            if self.start() is None:
-                return
-            self.end()
-            self.scheduler.check_integrity()
-        raise AssertionError("still running")
-
-    def add(self, *args, **kw):
-        s = make(*args, **kw)
-        assert self.scheduler.add(s) is None
-        return s
-
-
-_names = iter(range(10**9))
-
-
-def make(prompt=3, output=(), max_tokens=5, deadline=1e9, **sampling):
-    name = next(_names)
-    prompt = [(name * 7 + i) % VOCAB for i in range(prompt)] if isinstance(prompt, int) else prompt
-    return Sequence(str(name), 0, b"", prompt, list(output), Sampling(max_tokens, **sampling), deadline)
-
-
-def expected_output(s, resumed=(), max_len=60):
-    output = list(resumed)
-    while len(output) < s.sampling.max_tokens and len(s.prompt) + len(output) < max_len:
-        output.append(next_token(s.prompt + output))
-        if output[-1] in s.sampling.stop_token_ids and len(output) > s.sampling.min_tokens:
-            break
-    return output
-
-
-def shape(batch):
-    return [(item.start, item.length, item.samples) for item in batch.items]
-
+from tests.router.fake_engine import Engine, expected_output, make, shape
 
 # --- order and budget -------------------------------------------------------------------------------------------------
 
@@ -257,12 +156,12 @@ def test_the_newest_is_preempted_and_computes_the_same_tokens_again():
 
 
 def test_a_preempted_sequence_is_first_in_the_queue():
-    engine = Engine(blocks=4)
-    old, new = engine.add(prompt=7, max_tokens=9), engine.add(prompt=7, max_tokens=9)
+    engine = Engine(blocks=6, batched=32)
+    old, middle, new = (engine.add(prompt=7, max_tokens=9) for _ in range(3))
     later = engine.add(prompt=3)
     while engine.scheduler.num_preemptions == 0:
         engine.step()
-    assert engine.scheduler.running == [old]
+    assert engine.scheduler.running == [old, middle]
     assert engine.scheduler.waiting == [new, later]
     assert (new.num_computed, new.block_table) == (0, [])
 
@@ -381,57 +280,3 @@ def test_check_integrity_sees_a_lost_block():
     s.block_table = []
     with pytest.raises(AssertionError, match="lost"):
         engine.scheduler.check_integrity()
-
-
-# --- any order of events ----------------------------------------------------------------------------------------------
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """Few blocks, several batches in flight, cancellations at any moment; nothing is lost and no token changes."""
-
-    def __init__(self):
-        super().__init__()
-        self.engine = Engine(blocks=7, seqs=4, batched=8, max_len=24)
-        self.wanted = []  # (sequence, its tokens without disturbance)
-        self.random = random.Random(0)
-
-    @rule(prompt=st.integers(1, 20), emitted=st.integers(0, 3), more=st.integers(1, 12))
-    def add(self, prompt, emitted, more):
-        s = make(prompt=prompt, max_tokens=emitted + more)
-        whole = expected_output(s, max_len=24)
-        s.output = whole[:emitted]
-        if len(whole) > emitted:
-            assert self.engine.scheduler.add(s) is None
-            self.wanted.append((s, whole))
-
-    @rule()
-    def start(self):
-        self.engine.start()
-
-    @rule(pick=st.integers(0, 9))
-    def end(self, pick):
-        if self.engine.flying:
-            self.engine.end(pick % len(self.engine.flying))
-
-    @rule(pick=st.integers(0, 9))
-    def abort(self, pick):
-        if self.wanted:
-            s, _ = self.wanted.pop(pick % len(self.wanted))
-            found = self.engine.scheduler.abort(s.request_id, s.attempt)
-            assert (found is s) == (s.finish_reason is None)
-
-    @invariant()
-    def books_add_up(self):
-        self.engine.scheduler.check_integrity()
-
-    def teardown(self):
-        while self.engine.flying:
-            self.engine.end()
-        self.engine.run()
-        assert self.engine.blocks.free_blocks == 7
-        for s, whole in self.wanted:
-            assert (s.output, s.finish_reason) == (whole, "length")
-
-
-TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,103 @@
+"""The engine's loop around a scheduler, with a model of the KV cache: a token is a function of what the sequence's
+block table really holds, so a block that is shared, lost or stale changes tokens.
+"""
+
+import zlib
+
+from moering.protocol import Sampling
+from router.scheduler import Scheduler
+from router.sequence import Sequence
+from router.step_cost import StepCost
+
+BLOCK, VOCAB = 4, 50
+
+
+class FakeBlocks:
+    def __init__(self, n):
+        self._free, self._n = set(range(n)), n
+
+    @property
+    def free_blocks(self):
+        return len(self._free)
+
+    def allocate(self, n, after=None):
+        assert 0 < n <= len(self._free)
+        assert after is None or after not in self._free
+        return [self._free.pop() for _ in range(n)]
+
+    def free(self, blocks):
+        assert not self._free & set(blocks)
+        self._free |= set(blocks)
+
+
+def next_token(tokens):
+    return zlib.crc32(bytes(tokens)) % VOCAB
+
+
+class Engine:
+    """The engine's loop around a scheduler; its forward writes and reads a cache by block table."""
+
+    def __init__(self, blocks=100, seqs=8, batched=16, max_len=60, cost=None):
+        self.blocks = FakeBlocks(blocks)
+        self.scheduler = Scheduler(self.blocks, seqs, batched, BLOCK, max_len, cost or StepCost(), VOCAB)
+        self.cache = {}  # (block, offset) -> token
+        self.flying = []  # (batch, tokens) whose forward has not ended
+
+    def start(self):
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self.flying.append((batch, [self._forward(item) for item in batch.items]))
+        return batch
+
+    def _forward(self, item):
+        s = item.sequence
+        for position, token in enumerate(s.tokens(item.start, item.length), item.start):
+            self.cache[s.block_table[position // BLOCK], position % BLOCK] = token
+        end = item.start + item.length
+        return next_token([self.cache[s.block_table[p // BLOCK], p % BLOCK] for p in range(end)])
+
+    def end(self, index=0):
+        """End a batch in flight. Returns the sequences that finished."""
+        batch, tokens = self.flying.pop(index)
+        token_of = {item.sequence: token for item, token in zip(batch.items, tokens, strict=True)}
+        to_sample = self.scheduler.complete(batch.items)
+        return [i.sequence for i in to_sample if self.scheduler.update(i.sequence, token_of[i.sequence])]
+
+    def step(self):
+        batch = self.start()
+        return batch, self.end() if batch else []
+
+    def run(self, most=2000):
+        for _ in range(most):
+            if self.start() is None:
+                return
+            self.end()
+            self.scheduler.check_integrity()
+        raise AssertionError("still running")
+
+    def add(self, *args, **kw):
+        s = make(*args, **kw)
+        assert self.scheduler.add(s) is None
+        return s
+
+
+_names = iter(range(10**9))
+
+
+def make(prompt=3, output=(), max_tokens=5, deadline=1e9, **sampling):
+    name = next(_names)
+    prompt = [(name * 7 + i) % VOCAB for i in range(prompt)] if isinstance(prompt, int) else prompt
+    return Sequence(str(name), 0, b"", prompt, list(output), Sampling(max_tokens, **sampling), deadline)
+
+
+def expected_output(s, resumed=(), max_len=60):
+    output = list(resumed)
+    while len(output) < s.sampling.max_tokens and len(s.prompt) + len(output) < max_len:
+        output.append(next_token(s.prompt + output))
+        if output[-1] in s.sampling.stop_token_ids and len(output) > s.sampling.min_tokens:
+            break
+    return output
+
+
+def shape(batch):
+    return [(item.start, item.length, item.samples) for item in batch.items]
