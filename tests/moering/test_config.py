@@ -66,6 +66,9 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path)
         ("- a list\n", "not a mapping"),
         ("a: [unclosed\n", "cannot read"),
         ("fast: perhaps\n", "fast: 'perhaps'"),
+        ("max_num_seqs: 2.5\n", "max_num_seqs: 2.5"),
+        ("limit: true\n", "limit: True"),
+        ("backend: gpu\n", "backend: 'gpu'"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, text: str, names: str) -> None:
@@ -92,6 +95,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ({"MOERING_BUDGET_S": "soon"}, "budget_s: 'soon' is not a valid float"),
         ({"MOERING_FAST": "perhaps"}, "fast: 'perhaps' is not a valid bool"),
         ({"MOERING_LIMIT": "none"}, "limit: 'none' is not a valid int"),
+        ({"MOERING_BACKEND": "gpu"}, "backend: 'gpu' is not one of auto, packed"),
     ],
 )
 def test_a_value_of_another_type_is_refused_by_name(environ: dict[str, str], names: str) -> None:
