@@ -1,0 +1,83 @@
+"""Grouped calls: any mix of requests comes back to its senders, row by row."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expert_server import batching
+from moering.protocol import Dispatch
+
+LAYERS, EXPERTS, HIDDEN = 3, 8, 4
+
+
+def dispatch(pairs, seq=1, layer=0, prefill=False, hidden=HIDDEN):
+    """`pairs`: (row, expert) tuples."""
+    pairs = sorted(pairs, key=lambda p: p[1])
+    rows = np.array([r for r, _ in pairs], "<u2")
+    experts = np.array([e for _, e in pairs], "<u2")
+    return Dispatch(9, seq, layer, prefill, rows.tobytes(), experts.tobytes(), "float32", [int(rows.max()) + 1, hidden])
+
+
+def request(message, identity=b"r"):
+    rows, hidden = message.shape
+    tensor = np.arange(rows * hidden, dtype=np.float32) + 1000 * message.seq
+    return batching.request(identity, message, memoryview(tensor.tobytes()))
+
+
+pair_lists = st.lists(st.tuples(st.integers(0, 5), st.integers(0, EXPERTS - 1)), min_size=1, max_size=12, unique=True)
+requests = st.lists(st.tuples(pair_lists, st.integers(0, LAYERS - 1), st.booleans()), min_size=1, max_size=6)
+
+
+@given(requests, st.integers(1, 40))
+def test_every_request_gets_its_own_rows_back(specs, max_pairs):
+    sent = [request(dispatch(p, seq, layer, prefill)) for seq, (p, layer, prefill) in enumerate(specs)]
+    answers = {}
+    for group in batching.group(sent, max_pairs):
+        layers = {r.message.layer for r in group.requests}
+        assert len(layers) == 1
+        assert group.experts == sorted(set(group.experts))
+        assert sum(group.counts) == len(group.rows)
+        assert len(group.rows) <= max_pairs or len(group.requests) == 1
+        hidden = np.concatenate([r.hidden for r in group.requests])
+        pair_experts = np.repeat(group.experts, group.counts)
+        out = hidden[group.rows] * (1 + pair_experts[:, None])  # expert e multiplies by e + 1
+        for r, rows in zip(group.requests, batching.split(group, out), strict=True):
+            answers[r.message.seq] = rows
+    assert sorted(answers) == [r.message.seq for r in sent]
+    for r in sent:
+        assert (answers[r.message.seq] == r.hidden[r.rows] * (1 + r.experts[:, None])).all()
+
+
+def test_decode_goes_before_prefill():
+    long, short = request(dispatch([(0, 0), (1, 0)], 1, prefill=True)), request(dispatch([(0, 0)], 2))
+    first, *_ = batching.group([long, short], 2)
+    assert [r.message.seq for r in first.requests] == [2]
+
+
+def test_one_call_per_layer():
+    sent = [request(dispatch([(0, e)], e, layer=e % 2)) for e in range(6)]
+    assert [len(g.requests) for g in batching.group(sent, 100)] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"layer": LAYERS}, "layer 3"),
+        ({"layer": -1}, "layer -1"),
+        ({"dtype": "float16"}, "float16"),
+        ({"shape": [1, 5]}, "rows of 5"),
+        ({"rows": b"\1\0"}, "row 1"),
+        ({"rows": b""}, "0 bytes of rows"),
+        ({"rows": b"", "experts": b""}, "0 bytes of rows"),
+        ({"rows": b"\0\0\0", "experts": b"\0\0\0"}, "3 bytes"),
+        ({"experts": b"\x08\0"}, "expert 8"),
+        ({"rows": b"\0\0\0\0", "experts": b"\1\0\0\0"}, "sorted"),
+        ({"shape": [0, HIDDEN]}, "0 rows"),
+    ],
+)
+def test_a_wrong_dispatch_is_named(change, part):
+    good = dispatch([(0, 0)])
+    assert batching.check(good, LAYERS, EXPERTS, HIDDEN) is None
+    fields = {name: getattr(good, name) for name in good.__slots__}
+    assert part in batching.check(Dispatch(**{**fields, **change}), LAYERS, EXPERTS, HIDDEN)

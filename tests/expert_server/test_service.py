@@ -1,0 +1,112 @@
+"""The compute thread over real sockets: right rows to the right router, refusals that hurt nobody else."""
+
+import numpy as np
+import pytest
+import zmq
+
+from expert_server.residency import Residency
+from expert_server.service import Service
+from moering import protocol, transport
+from moering.protocol import Failed, Hello, NotHere, Refused, Reply, Welcome
+from tests.expert_server.test_batching import HIDDEN, dispatch
+
+SHAPE = (3, 8, HIDDEN)
+
+
+def compute(hidden, rows, counts, experts, out):
+    out[:] = hidden[rows] * np.repeat(experts, counts)[:, None]
+
+
+@pytest.fixture
+def service(tmp_path):
+    residency = Residency()
+    for expert in range(6):  # 6 and 7 live elsewhere
+        residency.add((0, expert), float(expert + 1), bytes(8))
+    socket = transport.make_socket(zmq.ROUTER)
+    address = transport.bind(socket, f"ipc://{tmp_path}/service")
+    s = Service(socket, "expert-0", 5, 100, residency)
+    s.start()
+    s.open("model", "digest", SHAPE, compute)
+    s.address = address
+    yield s
+    s.close()
+
+
+class Router:
+    def __init__(self, address):
+        self.socket = transport.make_socket(zmq.DEALER)
+        self.socket.rcvtimeo = 10_000
+        transport.connect(self.socket, address)
+
+    def ask(self, *frames):
+        self.socket.send_multipart(frames)
+        return protocol.decode(self.socket.recv_multipart())
+
+    def compute(self, message, tensor):
+        return self.ask(protocol.encode(message), tensor.tobytes())
+
+
+@pytest.fixture
+def router(service):
+    r = Router(service.address)
+    yield r
+    r.socket.close()
+
+
+def rows(n):
+    return np.arange(n * HIDDEN, dtype=np.float32).reshape(n, HIDDEN)
+
+
+def test_hello_is_welcomed_with_the_limits(router):
+    message, _ = router.ask(protocol.encode(Hello("router", "r", 1, "model", "digest")))
+    assert message == Welcome("expert-0", 5, 100, protocol.MAX_TENSOR_BYTES // (4 * HIDDEN))
+
+
+@pytest.mark.parametrize(("model", "digest"), [("other", "digest"), ("model", "0ther")])
+def test_another_checkpoint_is_refused_with_both_named(router, model, digest):
+    message, _ = router.ask(protocol.encode(Hello("router", "r", 1, model, digest)))
+    assert isinstance(message, Refused)
+    for name in ("model", "digest", model, digest):
+        assert name in message.reason
+
+
+def test_rows_come_back_unsummed_in_the_order_of_the_pairs(router):
+    hidden = rows(2)
+    reply, tensor = router.compute(dispatch([(0, 3), (1, 3), (1, 5)]), hidden)
+    assert isinstance(reply, Reply)
+    assert (reply.seq, reply.incarnation, reply.shape) == (1, 5, [3, HIDDEN])
+    got = np.frombuffer(tensor, np.float32).reshape(3, HIDDEN)
+    assert (got == np.stack([hidden[0] * 4, hidden[1] * 4, hidden[1] * 6])).all()
+
+
+def test_an_expert_that_is_not_here_is_said_so(router, service):
+    service.epoch = 17
+    reply, _ = router.compute(dispatch([(0, 3), (0, 7)]), rows(1))
+    assert reply == NotHere(9, 1, 5, 17)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xff" * 50, b"\x81\xa1v\x02", protocol.encode(Refused("no", False))])
+def test_garbage_costs_its_sender_an_error_and_others_nothing(router, service, garbage):
+    other = Router(service.address)
+    message, _ = other.ask(garbage)
+    assert isinstance(message, Refused)
+    other.socket.close()
+    reply, _ = router.compute(dispatch([(0, 3)]), rows(1))
+    assert isinstance(reply, Reply)
+
+
+def test_a_wrong_dispatch_fails_alone(router):
+    message, _ = router.compute(dispatch([(0, 3)], layer=2, seq=4), rows(1))
+    assert isinstance(message, NotHere)
+    message, _ = router.compute(dispatch([(0, 3)], layer=3, seq=4), rows(1))
+    assert isinstance(message, Failed)
+    assert (message.request_id, message.code) == ("9/4", "bad_request")
+
+
+def test_a_router_that_left_does_not_stop_the_others(router, service):
+    gone = Router(service.address)
+    for seq in range(50):
+        gone.socket.send_multipart([protocol.encode(dispatch([(0, 3)], seq=seq)), rows(1).tobytes()])
+    gone.socket.close()
+    reply, _ = router.compute(dispatch([(0, 3)]), rows(1))
+    assert isinstance(reply, Reply)
