@@ -1,0 +1,210 @@
+"""The exchange over real sockets, with compute threads that can be killed between receive and reply."""
+
+import time
+
+import numpy as np
+import pytest
+import zmq
+
+from expert_server.residency import Residency
+from expert_server.service import Service
+from moering import transport
+from moering.protocol import Hello, MemberInfo, View
+from router.exchange import Exchange
+
+LAYERS, EXPERTS, HIDDEN, TOP_K = 2, 4, 8, 2
+DEADLINE_S = 20.0
+
+
+def compute(hidden, rows, counts, experts, out):
+    out[:] = hidden[rows] * np.repeat(experts, counts)[:, None]
+
+
+class Server:
+    """An expert server without a process: a socket and a compute thread. Expert e multiplies by e + 1."""
+
+    def __init__(self, tmp_path, name, incarnation=1, digest="digest", experts=range(EXPERTS)):
+        self.name, self.incarnation = name, incarnation
+        residency = Residency()
+        for layer in range(LAYERS):
+            for e in experts:
+                residency.add((layer, e), float(e + 1), bytes(8))
+        self.socket = transport.make_socket(zmq.ROUTER)
+        self.address = transport.bind(self.socket, f"ipc://{tmp_path}/{name}-{incarnation}")
+        self.service = Service(self.socket, name, incarnation, 1000, residency)
+        self.digest = digest
+
+    def serve(self):
+        self.service.start()
+        self.service.open("model", self.digest, (LAYERS, EXPERTS, HIDDEN), compute)
+        return self
+
+    def die(self):
+        if self.service.is_alive():
+            self.service.close()
+        else:
+            self.socket.close()
+
+    @property
+    def member(self):
+        return MemberInfo("expert-server", self.name, self.incarnation, self.address, 0, "ONLINE", "", 99, 8)
+
+
+class Rows:
+    """What the exchange sees of a micro-batch."""
+
+    def __init__(self, ids, layer=0):
+        self.layer, self.prefill = layer, False
+        self.ids = np.asarray(ids)
+        self.hidden = np.random.default_rng(0).standard_normal((len(ids), HIDDEN), np.float32)
+        self.output = np.full((self.ids.size, HIDDEN), np.nan, np.float32)
+
+    def expert_arrays(self):
+        return self.hidden, self.ids, self.output
+
+    def expected(self):
+        return (np.repeat(self.hidden, TOP_K, axis=0) * (self.ids.reshape(-1, 1) + 1.0)).astype(np.float32)
+
+
+class Harness:
+    def __init__(self):
+        self.poller = zmq.Poller()
+        self.exchange = Exchange(Hello("router", "r", 7, "model", "digest"), self.poller, time.monotonic)
+        self.epoch = 0
+
+    def view(self, *servers, routing=None):
+        self.epoch += 1
+        if routing is None:  # expert e: server e first, then the next
+            routing = [[[(e + i) % len(servers) for i in range(2)] for e in range(EXPERTS)]] * LAYERS
+        r = np.array(routing, "<i2")
+        names, members = [s.name for s in servers], [s.member for s in servers]
+        v = View(1, self.epoch, members, names, LAYERS, EXPERTS, r.shape[2], r.tobytes(), r.tobytes(), 2, 1, 0, 0)
+        self.exchange.view_changed(v)
+
+    def until(self, condition):
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline, "nothing happened"
+            self.exchange.connect_missing()
+            self.exchange.handle(self.poller.poll(50))
+
+    def connected(self, *servers):
+        health = self.exchange.dispatcher.health
+        self.until(lambda: all(s.name in health and health[s.name].connected for s in servers))
+
+    def finish(self):
+        done = []
+
+        def finished():
+            done.extend(self.exchange.take_finished())
+            return done
+
+        self.until(finished)
+        assert len(done) == 1
+        return done[0]
+
+
+@pytest.fixture
+def servers(tmp_path):
+    s = [Server(tmp_path, n) for n in "ab"]
+    yield s
+    for server in s:
+        server.die()
+
+
+@pytest.fixture
+def harness():
+    h = Harness()
+    yield h
+    h.exchange.close()
+
+
+IDS = [[0, 1], [2, 3], [1, 2], [3, 0]]
+
+
+def test_rows_travel_and_results_land_in_their_slots(harness, servers):
+    a, b = (s.serve() for s in servers)
+    harness.view(a, b)
+    harness.connected(a, b)
+    rows = Rows(IDS)
+    harness.exchange.submit(rows)
+    done = harness.finish()
+    assert done.micro_batch is rows
+    assert len(done.missing) == 0
+    assert (rows.output == rows.expected()).all()
+
+
+def test_a_server_that_dies_between_receive_and_reply_loses_nothing(harness, servers):
+    """`a` welcomes but never computes, then dies: its rows, and only its, are computed by `b`."""
+    a, b = servers
+    b.serve()
+    harness.view(a, b)
+    harness.connected(b)
+    harness.until(lambda: a.socket.poll(0))
+    identity, _ = a.socket.recv_multipart()
+    harness_welcome(a, identity)
+    harness.connected(a)
+    rows = Rows(IDS)
+    harness.exchange.submit(rows)
+    assert a.socket.poll(10_000), "nothing was outstanding at the one that dies"
+    outstanding = harness.exchange.dispatcher.outstanding_at("a")
+    a.die()
+    done = harness.finish()
+    assert len(done.missing) == 0
+    assert (rows.output == rows.expected()).all()
+    counters = harness.exchange.dispatcher.counters
+    assert counters.rows_resent == counters.rows_lost == sum(len(d.rows) for d in outstanding) > 0
+
+
+def harness_welcome(server, identity):
+    from moering import protocol
+
+    welcome = protocol.Welcome(server.name, server.incarnation, 100, 100)
+    server.socket.send_multipart([identity, protocol.encode(welcome)])
+
+
+def test_without_replica_rows_are_missing_until_a_new_incarnation_is_up(harness, servers, tmp_path):
+    a, b = (s.serve() for s in servers)
+    only_own = [[[e % 2] for e in range(EXPERTS)]] * LAYERS
+    harness.view(a, b, routing=only_own)
+    harness.connected(a, b)
+    a.die()
+    harness.until(lambda: "a" in harness.exchange.suspects)
+    rows = Rows(IDS)
+    harness.exchange.submit(rows)
+    done = harness.finish()
+    assert done.missing.tolist() == [0, 2, 5, 7]  # slots of experts 0 and 2
+    again = Server(tmp_path, "a", incarnation=2).serve()
+    harness.view(again, b, routing=only_own)
+    harness.connected(again)
+    harness.until(lambda: "a" not in harness.exchange.suspects)
+    harness.exchange.submit(rows, done.missing)
+    assert len(harness.finish().missing) == 0
+    assert (rows.output == rows.expected()).all()
+    again.die()
+
+
+def test_a_server_of_another_checkpoint_is_not_used(harness, servers, tmp_path):
+    stranger = Server(tmp_path, "a", digest="another").serve()
+    b = servers[1].serve()
+    harness.view(stranger, b)
+    harness.connected(b)
+    rows = Rows(IDS)
+    harness.exchange.submit(rows)
+    assert len(harness.finish().missing) == 0
+    assert (rows.output == rows.expected()).all()
+    assert "a" in harness.exchange.suspects
+    stranger.die()
+
+
+def test_a_server_without_the_expert_says_so_and_the_next_is_asked(harness, servers, tmp_path):
+    half = Server(tmp_path, "a", experts=[0]).serve()
+    b = servers[1].serve()
+    harness.view(half, b)
+    harness.connected(half, b)
+    rows = Rows(IDS)
+    harness.exchange.submit(rows)
+    assert len(harness.finish().missing) == 0
+    assert (rows.output == rows.expected()).all()
+    assert harness.exchange.dispatcher.counters.not_here == 1
+    half.die()
