@@ -1,0 +1,190 @@
+"""Writes a random checkpoint: ``python -m bench.random_checkpoint DIRECTORY --family qwen3_moe``.
+
+Hugging Face layout, with a tokenizer. All experts are different and weigh as much as the residual stream, so that a row
+sent to the wrong expert, or left out, shows in the logits. Weights are fp16; one shard per layer, so that memory holds one layer at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+
+from moering.config import option, parse
+from moering.errors import ConfigError, MoeringError
+
+Tensors = dict[str, np.ndarray]
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_NAMES = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Write a random checkpoint of a mixture-of-experts model."""
+
+    directory: str = option("", "where to write; made if it is not there", positional=True)
+    family: str = option("mixtral", "architecture", choices=tuple(_NAMES))
+    layers: int = option(8, "layers")
+    hidden: int = option(256, "hidden size")
+    intermediate: int = option(256, "intermediate size of one expert")
+    experts: int = option(16, "experts of a layer")
+    top_k: int = option(2, "experts of a token")
+    heads: int = option(8, "attention heads")
+    kv_heads: int = option(2, "key-value heads")
+    head_dim: int = option(64, "size of a head")
+    vocab: int = option(1024, "vocabulary, at least 259")
+    max_positions: int = option(8192, "context length")
+    seed: int = option(0, "of all weights")
+
+    def __post_init__(self) -> None:
+        if not self.directory:
+            raise ConfigError("the directory to write is missing")
+        if self.vocab < len(SPECIAL) + 256:
+            raise ConfigError(f"vocab: {self.vocab} does not hold 256 bytes and {len(SPECIAL)} special tokens")
+        if not 1 <= self.top_k <= self.experts or self.heads % self.kv_heads:
+            raise ConfigError("top_k must be in 1..experts and heads a multiple of kv_heads")
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`."""
+        common = {
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "max_position_embeddings": self.max_positions,
+            "model_type": self.family,
+            "num_attention_heads": self.heads,
+            "num_experts_per_tok": self.top_k,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.kv_heads,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e4,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "vocab_size": self.vocab,
+        }
+        if self.family == "mixtral":
+            return common | {"architectures": ["MixtralForCausalLM"], "num_local_experts": self.experts}
+        own: dict[str, Any] = {
+            "num_experts": self.experts,
+            "moe_intermediate_size": self.intermediate,
+            "norm_topk_prob": True,
+        }
+        own |= {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        return common | own | {"architectures": ["Qwen3MoeForCausalLM"]}
+
+
+def write(shape: Shape) -> Path:
+    """Write the checkpoint and return its directory. Equal shapes give equal files."""
+    directory = Path(shape.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    with tqdm(total=shape.layers + 1, unit="shard", file=sys.stderr, disable=None) as bar:
+        for number, tensors in enumerate(_shards(shape), 1):
+            name = f"model-{number:05d}-of-{shape.layers + 1:05d}.safetensors"
+            save_file({n: t.astype(np.float16) for n, t in tensors.items()}, directory / name, {"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+            bar.update()
+    _json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    _json(directory / "config.json", shape.config())
+    _json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    _write_tokenizer(directory, shape)
+    return directory
+
+
+def _shards(shape: Shape) -> Iterator[Tensors]:
+    rng = np.random.default_rng(shape.seed)
+    yield {
+        "model.embed_tokens.weight": rng.standard_normal((shape.vocab, shape.hidden), np.float32),
+        "model.norm.weight": _norm(rng, shape.hidden),
+        "lm_head.weight": _matrix(rng, shape.vocab, shape.hidden),
+    }
+    for layer in range(shape.layers):
+        yield _attention(rng, f"model.layers.{layer}", shape) | _experts(rng, f"model.layers.{layer}", shape)
+
+
+def _attention(rng: np.random.Generator, prefix: str, shape: Shape) -> Tensors:
+    rows = {
+        "q": shape.heads * shape.head_dim,
+        "k": shape.kv_heads * shape.head_dim,
+        "v": shape.kv_heads * shape.head_dim,
+    }
+    tensors = {f"{prefix}.self_attn.{name}_proj.weight": _matrix(rng, n, shape.hidden) for name, n in rows.items()}
+    tensors[f"{prefix}.self_attn.o_proj.weight"] = _matrix(rng, shape.hidden, rows["q"])
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"{prefix}.{name}.weight"] = _norm(rng, shape.hidden)
+    if shape.family == "qwen3_moe":
+        for name in ("q_norm", "k_norm"):
+            tensors[f"{prefix}.self_attn.{name}.weight"] = _norm(rng, shape.head_dim)
+    return tensors
+
+
+def _experts(rng: np.random.Generator, prefix: str, shape: Shape) -> Tensors:
+    block, (gate, up, down) = _NAMES[shape.family]
+    tensors = {f"{prefix}.{block}.gate.weight": 2 * _matrix(rng, shape.experts, shape.hidden)}
+    for expert in range(shape.experts):
+        for name in (gate, up, down):
+            rows, columns = shape.intermediate, shape.hidden
+            if name == down:
+                rows, columns = columns, rows
+            tensors[f"{prefix}.{block}.experts.{expert}.{name}.weight"] = 2 * _matrix(rng, rows, columns)
+    return tensors
+
+
+def _matrix(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """Keeps the scale of what it is applied to."""
+    return rng.standard_normal((rows, columns), np.float32) / np.float32(np.sqrt(columns))
+
+
+def _norm(rng: np.random.Generator, size: int) -> np.ndarray:
+    return np.asarray(1 + 0.1 * rng.standard_normal(size, np.float32))
+
+
+def _write_tokenizer(directory: Path, shape: Shape) -> None:
+    """One token per byte; the rest of the vocabulary are words that no text becomes, only samples."""
+    entries = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    entries += [f"<{i}>" for i in range(len(entries), shape.vocab)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(entries)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings: dict[str, Any] = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "chat_template": TEMPLATE}
+    settings |= {"model_max_length": shape.max_positions, "tokenizer_class": "PreTrainedTokenizerFast"}
+    _json(directory / "tokenizer_config.json", settings)
+
+
+def _json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the checkpoint and print its directory."""
+    try:
+        print(write(parse(Shape, sys.argv[1:] if argv is None else argv, prog="python -m bench.random_checkpoint")))
+    except MoeringError as e:
+        print(f"bench.random_checkpoint: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
