@@ -1,7 +1,8 @@
 """Writes a random checkpoint: ``python -m bench.random_checkpoint DIRECTORY --family qwen3_moe``.
 
 Hugging Face layout, with a tokenizer. All experts are different and weigh as much as the residual stream, so that a row
-sent to the wrong expert, or left out, shows in the logits. Weights are fp16; one shard per layer, so that memory holds one layer at a time.
+sent to the wrong expert, or left out, shows in the logits. Weights are fp16; there is one shard per layer, so that
+memory holds one layer at a time.
 """
 
 from __future__ import annotations
