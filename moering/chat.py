@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
-from typing import Any, BinaryIO
 
 from moering.config import option
 from moering.http_client import HttpError, get_json, request
@@ -36,24 +35,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main("chat", Config, _run, argv)
 
 
-def events(stream: BinaryIO) -> Iterator[Any]:
-    """The JSON documents of a stream of server-sent events, up to ``[DONE]``.
+def pieces(stream: Iterable[bytes]) -> Iterator[str]:
+    """The text in a stream of chat chunks (server-sent events), up to ``[DONE]``.
 
-    Raises `HttpError` on an error event, and where the stream breaks off.
+    Raises `HttpError` on an error event, and where the stream breaks off or is no such stream.
     """
     try:
         for line in stream:
+            if not line.startswith(b"data:"):
+                continue
             data = line.removeprefix(b"data:").strip()
             if data == b"[DONE]":
                 return
-            if not line.startswith(b"data:"):
-                continue
             event = json.loads(data)
             if "error" in event:
-                raise HttpError(str(event["error"].get("message", event["error"])))
-            yield event
-    except (OSError, HTTPException, ValueError) as e:
-        raise HttpError(f"the answer broke off: {e}") from e
+                raise HttpError(str(event["error"]["message"]))
+            for choice in event["choices"]:
+                yield choice["delta"].get("content") or ""
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise HttpError(f"the answer broke off: {e!r}") from e
     raise HttpError("the answer broke off")
 
 
@@ -113,9 +113,7 @@ def _answer(config: Config, model: str, messages: list[Message]) -> Iterator[str
     }
     url = f"{_base(config)}/v1/chat/completions"
     with request(url, body, timeout_s=600.0, key=config.api_key or None) as response:
-        for event in events(response):
-            for choice in event["choices"]:
-                yield choice["delta"].get("content") or ""
+        yield from pieces(response)
 
 
 def _base(config: Config) -> str:
