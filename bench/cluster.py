@@ -104,7 +104,7 @@ async def serving(model: str, log: Path, flags: Sequence[str], ready_s: float) -
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    argv = [sys.executable, "-m", "moering.cli", "serve", model, "--port", str(port), *flags]
+    argv = [sys.executable, "-m", "moering", "serve", model, "--port", str(port), *flags]
     with log.open("wb") as out:
         launcher = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
     try:
