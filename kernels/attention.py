@@ -12,7 +12,9 @@ import functools
 from bisect import bisect_left
 
 import torch
-import torch.nn.functional as F
+
+# what `scaled_dot_product_attention` calls; named, because its choice of another kernel would change the bits
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 KEY_BLOCK = 512
 QUERY_MULTIPLE = 4
@@ -26,7 +28,8 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
     query [b, h, m, d] with m a multiple of 4, key and value [b, h, n, d] (any strides but the last) with n from
     `padded_key_length`; `mask` additive, broadcast to [b, 1, m, n], 0 or -inf, and 0 for key 0. Returns [b, h, m, d].
     """
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    expanded = mask.expand(-1, -1, query.shape[2], -1)
+    return _FLASH(query, key, value, 0.0, False, attn_mask=expanded)[0]
 
 
 def padded_key_length(keys: int, head_dim: int) -> int:

@@ -19,6 +19,8 @@ from kernels.threads import one_thread
 Backend = Literal["auto", "packed", "portable"]
 BACKENDS = get_args(Backend)
 
+_LINEAR_FP16 = torch.ops.quantized.linear_dynamic_fp16.default
+
 ROW_MULTIPLE = 4
 MAX_PACK_ERROR = 2.0**-25  # largest absolute rounding error of a weight that packing may cause
 
@@ -83,8 +85,7 @@ def fits_fp16(weight: torch.Tensor) -> bool:
 
 
 def _linear_fp16(x: torch.Tensor, packed: Any) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x, packed)
-    return out
+    return _LINEAR_FP16(x, packed)
 
 
 def _linear_portable(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+PARALLEL_ELEMENTS = 32768
+"""PyTorch computes smaller elementwise ops on one thread anyway."""
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:

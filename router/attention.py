@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from kernels.attention import QUERY_MULTIPLE, attend
 from kernels.linear import Backend, PackedLinear
 from kernels.rms_norm import RMSNorm
-from router.attention_plan import AttentionPlan, KeyView
+from kernels.threads import PARALLEL_ELEMENTS, one_thread
+from router.attention_plan import AttentionPlan, DecodeCall, KeyView, PrefillCall
 from router.model_config import MoEModelConfig
 
 
@@ -36,84 +38,95 @@ class Attention:
 
     def __init__(self, config: MoEModelConfig, weights: dict[str, torch.Tensor], backend: Backend) -> None:
         """`weights`: q_proj, k_proj, v_proj, o_proj and, with head norms, q_norm and k_norm."""
-        self._heads, self._kv_heads, self._dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self._kv_heads, self._dim = config.num_kv_heads, config.head_dim
         self._group = config.num_heads // config.num_kv_heads
         query, key = pair_rows(weights["q_proj"], config.num_heads), pair_rows(weights["k_proj"], config.num_kv_heads)
-        self._qkv = PackedLinear(torch.cat((query, key, weights["v_proj"])), backend)
+        self._queries_end = config.num_heads * config.head_dim
+        self._kv_width = 2 * config.num_kv_heads * config.head_dim
+        self._keys_end = self._queries_end + self._kv_width // 2
+        # rows that the last group may borrow to have 4 (see _decode), where keys and values are too few
+        spare = max(0, QUERY_MULTIPLE - self._group - 2 * self._kv_heads) * self._dim
+        fused = F.pad(torch.cat((query, key, weights["v_proj"])), (0, 0, 0, spare))
+        self._qkv = PackedLinear(fused, backend)
         self._o_proj = PackedLinear(weights["o_proj"], backend)
         self._head_norm: RMSNorm | None = None
         if config.head_norms:
             query_norm, key_norm = pair_rows(weights["q_norm"], 1), pair_rows(weights["k_norm"], 1)
-            scales = torch.cat((query_norm.expand(self._heads, -1), key_norm.expand(self._kv_heads, -1)))
+            scales = torch.cat((query_norm.expand(config.num_heads, -1), key_norm.expand(self._kv_heads, -1)))
             self._head_norm = RMSNorm(scales, config.rms_norm_eps)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights."""
-        return self._qkv.nbytes + self._o_proj.nbytes
-
-    def new_queries(self, rows: int) -> torch.Tensor:
-        """The buffer for a step's queries: zeros [rows + 3, kv_heads, group ≥ 4, head_dim].
-
-        A group is padded to the 4 query rows that a decode call needs; 3 more rows pad the last prefill chunk.
-        """
-        return torch.zeros(rows + QUERY_MULTIPLE - 1, self._kv_heads, max(self._group, QUERY_MULTIPLE), self._dim)
-
     def __call__(
-        self, x: torch.Tensor, rotation: torch.Tensor, plan: AttentionPlan, queries: torch.Tensor, cache: torch.Tensor
+        self, x: torch.Tensor, rotation: torch.Tensor, plan: AttentionPlan, cache: torch.Tensor
     ) -> torch.Tensor:
-        """x [n, hidden] → [n, hidden]; writes the rows' keys and values to `cache`.
+        """x [n, hidden] → [n, hidden]; writes the rows' keys and values to `cache`, one layer of the KV cache.
 
-        `rotation` is complex [n, 1, head_dim / 2], `queries` from `new_queries(n)`, `cache` one layer of the KV cache.
+        `rotation` is complex [n, 1, head_dim / 2].
         """
-        rows, heads, kv_heads, dim = x.shape[0], self._heads, self._kv_heads, self._dim
         qkv = self._qkv(x)
-        qk = qkv.narrow(1, 0, (heads + kv_heads) * dim).view(rows, heads + kv_heads, dim)
+        turning = qkv.narrow(1, 0, self._keys_end).view(x.shape[0], -1, self._dim)
         if self._head_norm is not None:
-            self._head_norm(qk, out=qk)
-        pairs = torch.view_as_complex(qk.view(rows, heads + kv_heads, dim // 2, 2))
-        query_pairs = pairs.narrow(1, 0, heads).view(rows, kv_heads, self._group, dim // 2)
-        turned = torch.view_as_complex(queries.view(*queries.shape[:-1], dim // 2, 2))
-        torch.mul(query_pairs, rotation.unsqueeze(1), out=turned[:rows, :, : self._group])
-        pairs.narrow(1, heads, kv_heads).mul_(rotation)
-        cache.view(cache.shape[0], -1).index_copy_(0, plan.slots, qkv.narrow(1, heads * dim, 2 * kv_heads * dim))
-        return self._o_proj(self._mix(plan, queries, cache, rows))
+            self._head_norm(turning, out=turning)
+        _rotate(turning, rotation)
+        cache.view(cache.shape[0], -1).index_copy_(0, plan.slots, qkv.narrow(1, self._queries_end, self._kv_width))
+        return self._o_proj(self._mix(plan, qkv, cache))
 
-    def _mix(self, plan: AttentionPlan, queries: torch.Tensor, cache: torch.Tensor, rows: int) -> torch.Tensor:
+    def _mix(self, plan: AttentionPlan, qkv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
         """Every row's attention over its keys: [n, heads * head_dim]."""
-        group, whole = self._group, (rows, self._heads * self._dim)
+        rows = qkv.shape[0]
         if len(plan.decodes) == 1 and plan.order is None and not plan.prefills:
-            return self._decode(queries[:rows], plan.decodes[0].keys, plan.decodes[0].mask, cache).reshape(whole)
-        out = torch.empty(rows, self._kv_heads, group, self._dim)
-        if plan.decodes:
-            count = plan.decodes[-1].hi
-            ordered = queries if plan.order is None else queries.index_select(0, plan.order)
-            mixed = out if plan.order is None else torch.empty(count, self._kv_heads, group, self._dim)
+            return self._decode(plan.decodes[0], qkv, cache).reshape(rows, self._queries_end)
+        out = torch.empty(rows, self._kv_heads, self._group, self._dim)
+        if plan.order is None:
             for call in plan.decodes:
-                mixed[call.lo : call.hi] = self._decode(ordered[call.lo : call.hi], call.keys, call.mask, cache)
-            if plan.order is not None:
-                out.index_copy_(0, plan.order, mixed)
+                out[call.lo : call.hi] = self._decode(call, qkv, cache)
+        else:
+            ordered, mixed = qkv.index_select(0, plan.order), torch.empty(len(plan.order), *out.shape[1:])
+            for call in plan.decodes:
+                mixed[call.lo : call.hi] = self._decode(call, ordered, cache)
+            out.index_copy_(0, plan.order, mixed)
         for chunk in plan.prefills:
-            # kv heads as the batch, their group as the heads: each key is read once per group, never repeated
-            query = queries[chunk.lo : chunk.lo + chunk.padded, :, :group].permute(1, 2, 0, 3)
-            key, value = (t.permute(2, 0, 1, 3).expand(-1, group, -1, -1) for t in _keys_values(cache, chunk.keys))
-            mixed = attend(query, key, value, chunk.mask).permute(2, 0, 1, 3)
-            out[chunk.lo : chunk.hi] = mixed[: chunk.hi - chunk.lo]
-        return out.view(whole)
+            out[chunk.lo : chunk.hi] = self._prefill(chunk, qkv, cache)
+        return out.view(rows, self._queries_end)
 
-    def _decode(self, query: torch.Tensor, keys: KeyView, mask: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-        """[count, kv_heads, padded group, dim] → [count, kv_heads, group, dim]: a group's heads are the query rows."""
-        key, value = (t.transpose(1, 2) for t in _keys_values(cache, keys))
-        return attend(query, key, value, mask).narrow(2, 0, self._group)
+    def _decode(self, call: DecodeCall, qkv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        """[count, kv_heads, group, dim]. A group's heads are the query rows, so a key is read once for all of them.
+
+        A group of under 4 borrows the heads behind it in memory as rows that it needs and drops.
+        """
+        width, dim, group = qkv.shape[1], self._dim, self._group
+        shape = (call.keys.count, self._kv_heads, max(group, QUERY_MULTIPLE), dim)
+        query = qkv.as_strided(shape, (width, group * dim, dim, 1), qkv.storage_offset() + call.lo * width)
+        key, value = keys_values(cache, call.keys)
+        return attend(query, key, value, call.mask).narrow(2, 0, group)
+
+    def _prefill(self, call: PrefillCall, qkv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        """[rows, kv_heads, group, dim]. The kv heads are the batch and their groups the heads: no key is repeated."""
+        rows, dim, group = call.hi - call.lo, self._dim, self._group
+        query = qkv[call.lo : call.hi, : self._queries_end]
+        if call.padded > rows:
+            query = F.pad(query, (0, 0, 0, call.padded - rows))
+        query = query.view(call.padded, self._kv_heads, group, dim).permute(1, 2, 0, 3)
+        key, value = (t.transpose(0, 1).expand(-1, group, -1, -1) for t in keys_values(cache, call.keys))
+        return attend(query, key, value, call.mask)[:, :, :rows].permute(2, 0, 1, 3)
 
 
-def _keys_values(cache: torch.Tensor, keys: KeyView) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values, each [count, length, kv_heads, head_dim]."""
-    slot, _, *inner = cache.stride()
-    _, kinds, kv_heads, dim = cache.shape
+def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> None:
+    """Apply the rotary embedding to `heads` [n, heads, dim] in place."""
+    pairs = torch.view_as_complex(heads.view(*heads.shape[:2], -1, 2))
+    if pairs.numel() < PARALLEL_ELEMENTS:
+        pairs.mul_(rotation)
+    else:
+        with one_thread():  # threads would cut heads into pieces whose ends are computed in another way
+            pairs.mul_(rotation)
+
+
+def keys_values(cache: torch.Tensor, keys: KeyView) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, each [count, kv_heads, length, head_dim], views unless the blocks must be gathered."""
+    slot, _, head, element = cache.stride()
+    _, _, kv_heads, dim = cache.shape
+    first = keys.first
     if keys.slots is not None:
-        gathered = cache.index_select(0, keys.slots).view(1, keys.length, kinds, kv_heads, dim)
-        return gathered[:, :, 0], gathered[:, :, 1]
-    shape, strides = (keys.count, keys.length, kv_heads, dim), (keys.step * slot, slot, *inner)
-    offset = keys.first * slot
+        cache, first = cache.index_select(0, keys.slots), 0
+    shape, strides = (keys.count, kv_heads, keys.length, dim), (keys.step * slot, head, slot, element)
+    offset = first * slot
     return cache.as_strided(shape, strides, offset), cache.as_strided(shape, strides, offset + kv_heads * dim)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels.linear import Backend, PackedLinear
-from kernels.rms_norm import RMSNorm
+from kernels.rms_norm import RMSNorm, new_stream
 from kernels.tensors import as_tensor
 from moering.checkpoint import Checkpoint
 from router.attention import Attention, rotary_table
@@ -35,11 +35,14 @@ class _Layer:
         self.attention = Attention(config, weights, backend)
         self.attention_norm = RMSNorm(_load(checkpoint, f"{prefix}.input_layernorm.weight"), eps)
         self.experts_norm = RMSNorm(_load(checkpoint, f"{prefix}.post_attention_layernorm.weight"), eps)
-        self.gate = Gate(_load(checkpoint, checkpoint.gate_name(index)), config)
+        self.gate = Gate(_load(checkpoint, checkpoint.gate_name(index)), config, backend)
 
 
 class Decoder:
-    """All of the model but its experts. Not thread-safe; micro-batches may be in flight side by side."""
+    """All of the model but its experts. Not thread-safe; micro-batches may be in flight side by side.
+
+    Call it under `torch.inference_mode()`, entered once by the thread: at one row, entering it per call costs time.
+    """
 
     def __init__(self, checkpoint: Checkpoint, kv_cache: KVCache, backend: Backend = "auto") -> None:
         """Read the weights outside the experts; raise `CheckpointError` for an unsupported configuration."""
@@ -60,43 +63,41 @@ class Decoder:
         if rows == 0 or positions.shape[0] != rows:
             raise ValueError(f"{rows} tokens do not match chunks of {[c.length for c in chunks]}")
         ids = torch.tensor(token_ids)
-        residual = self._embeddings.index_select(0, ids).float()
+        embedded = self._embeddings.index_select(0, ids).float()
         return MicroBatch(
             token_ids=ids,
             positions=positions,
             chunks=list(chunks),
             attention=plan_attention(chunks, config.head_dim),
             rotation=self._rotary.index_select(0, positions).unsqueeze(1),
-            queries=self._layers[0].attention.new_queries(rows),
-            residual=residual,
-            expert_input=torch.empty_like(residual),
+            residual=new_stream(embedded, config.rms_norm_eps),
+            expert_input=torch.empty_like(embedded),
             expert_output=torch.empty(rows, config.top_k, config.hidden_size),
             topk_ids=torch.empty(rows, config.top_k, dtype=torch.int64),
             topk_weights=torch.empty(rows, config.top_k),
         )
 
-    @torch.inference_mode()
     def until_experts(self, mb: MicroBatch) -> None:
         """Attention and gate of layer `mb.layer`: fills `expert_input`, `topk_ids` and `topk_weights`."""
-        layer = self._layers[mb.layer]
-        normed = layer.attention_norm(mb.residual, out=mb.expert_input)
-        cache = self._cache.layers[mb.layer]
-        mb.residual.add_(layer.attention(normed, mb.rotation, mb.attention, mb.queries, cache))
-        layer.experts_norm(mb.residual, out=mb.expert_input)
-        mb.topk_ids, mb.topk_weights = layer.gate(mb.expert_input)
+        layer, cache = self._layers[mb.layer], self._cache.layers[mb.layer]
+        normed = layer.attention_norm.of_stream(mb.residual, out=mb.expert_input)
+        gained = layer.attention(normed, mb.rotation, mb.attention, cache)
+        mb.residual.narrow(1, 0, self.config.hidden_size).add_(gained)
+        layer.experts_norm.of_stream(mb.residual, out=mb.expert_input)
+        layer.gate(mb.expert_input, mb.topk_ids, mb.topk_weights)
 
-    @torch.inference_mode()
     def after_experts(self, mb: MicroBatch) -> None:
         """Add the weighted expert outputs to the residual stream, in top-k order, and go to the next layer."""
+        stream = mb.residual.narrow(1, 0, self.config.hidden_size)
         for j in range(self.config.top_k):
-            mb.residual.addcmul_(mb.expert_output.select(1, j), mb.topk_weights.narrow(1, j, 1))
+            stream.addcmul_(mb.expert_output.select(1, j), mb.topk_weights.narrow(1, j, 1))
         mb.layer += 1
 
-    @torch.inference_mode()
     def logits(self, mb: MicroBatch, rows: list[int]) -> torch.Tensor:
         """Logits [len(rows), vocab] float32 of the given rows, after the last layer."""
         chosen = mb.residual.index_select(0, torch.tensor(rows))
-        return self._head(self._final_norm(chosen, out=chosen))
+        normed = torch.empty(len(rows), self.config.hidden_size)
+        return self._head(self._final_norm.of_stream(chosen, out=normed))
 
 
 def _load(checkpoint: Checkpoint, name: str) -> torch.Tensor:

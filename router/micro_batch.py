@@ -24,8 +24,7 @@ class MicroBatch:
     chunks: list[SequenceChunk]
     attention: AttentionPlan
     rotation: torch.Tensor  # complex64 [n, 1, head_dim / 2]
-    queries: torch.Tensor  # scratch of the attention layers
-    residual: torch.Tensor  # float32 [n, hidden]
+    residual: torch.Tensor  # float32 [n, hidden and more]: rows of kernels.rms_norm.new_stream
     expert_input: torch.Tensor  # float32 [n, hidden]
     expert_output: torch.Tensor  # float32 [n, k, hidden]
     topk_ids: torch.Tensor  # int64 [n, k]
