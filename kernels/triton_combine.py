@@ -1,0 +1,45 @@
+"""Sum of a token's expert rows in top-k order, as the router does it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _combine_kernel(
+    pair_rows_ptr, weights_ptr, out_ptr, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < hidden
+    total = tl.zeros((BLOCK,), tl.float32)
+    for slot in tl.static_range(TOP_K):
+        pair = row * TOP_K + slot
+        value = tl.load(pair_rows_ptr + pair * hidden + column, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(weights_ptr + pair) * value
+    tl.store(out_ptr + row * hidden + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def combine(pair_rows: torch.Tensor, topk_weights: torch.Tensor, pdl: bool = False) -> torch.Tensor:
+    """out[n] = sum over j of topk_weights[n, j] * pair_rows[n * top_k + j], multiplied, then added in order of j, in fp32.
+
+    pair_rows: [rows * top_k, hidden]; topk_weights: [rows, top_k] float32. Returns [rows, hidden] of pair_rows' dtype.
+    A pair without a local expert must hold zeros.
+    """
+    rows, top_k = topk_weights.shape
+    hidden = pair_rows.shape[1]
+    if pair_rows.shape[0] != rows * top_k or not pair_rows.is_contiguous() or not topk_weights.is_contiguous():
+        raise ValueError(f"contiguous [{rows * top_k}, hidden] pair rows wanted, got {tuple(pair_rows.shape)}")
+    out = pair_rows.new_empty(rows, hidden)
+    block = 1024
+    options = {"enable_fp_fusion": False}  # an fma would round once where the router's reference rounds twice
+    if pdl:
+        options["launch_pdl"] = True
+    _combine_kernel[(rows, triton.cdiv(hidden, block))](
+        pair_rows, topk_weights, out, hidden, TOP_K=top_k, BLOCK=block, PDL=pdl, **options
+    )
+    return out

@@ -1,0 +1,158 @@
+"""Grouped expert FFN of a server's local experts on a GPU, bf16, batch-invariant.
+
+See `triton_grouping` (which tile holds which pairs), `triton_grouped_gemm` (the arithmetic), docs/kernels.md (measurements).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.triton_grouped_gemm import down_kernel, gate_up_kernel
+from kernels.triton_grouping import Grouping, PairGrouper
+
+PREFETCH_ROW_BYTES = 2048
+"""How much of each weight row the down product asks for early: a grid's worth of it must fit L2."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one GEMM is cut. None of it changes a result's bits."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    swap: bool = True
+    group_m: int = 1
+    flatten: bool = False
+    act_tma: bool = False
+    programs_per_sm: int = 0
+    """0: one program per work item; else a grid of this many per multiprocessor that strides over the items."""
+
+
+@dataclass(frozen=True)
+class FFNTiling:
+    """Tile heights (tokens) and how both GEMMs are cut; pdl starts a kernel while the one before it drains."""
+
+    block_m: int
+    gate_up: Tiling
+    down: Tiling
+    small_m: int = 0
+    pdl: bool = False
+
+
+def choose_tiling(pairs: int, num_experts: int) -> FFNTiling:
+    """Tiling by the mean number of rows per expert."""
+    gate_up = Tiling(block_n=64, block_k=64, warps=4, stages=4)
+    down = Tiling(block_n=64, block_k=64, warps=4, stages=4)
+    block_m = 16 if pairs <= 16 * num_experts else 64
+    return FFNTiling(block_m, gate_up, down)
+
+
+class GroupedExperts:
+    """The local experts' weights and their forward.
+
+    w13: [experts, 2 * intermediate, hidden], gate rows above up rows; w2: [experts, hidden, intermediate]; both contiguous.
+    They are used in place: overwriting an expert's slice (with the stream ordered) replaces the expert.
+    """
+
+    def __init__(self, w13: torch.Tensor, w2: torch.Tensor) -> None:
+        experts, double, hidden = w13.shape
+        if w2.shape != (experts, hidden, double // 2) or double % 2:
+            raise ValueError(f"w13 {tuple(w13.shape)} and w2 {tuple(w2.shape)} do not belong together")
+        if not (w13.is_contiguous() and w2.is_contiguous()) or w13.dtype != w2.dtype or w13.device != w2.device:
+            raise ValueError("w13 and w2 must be contiguous, of one dtype, on one device")
+        if hidden % 8 or w2.shape[2] % 8:
+            raise ValueError("hidden and intermediate must be multiples of 8 (TMA moves 16 bytes)")
+        self.w13, self.w2 = w13, w2
+        self.num_experts, self.hidden, self.intermediate = experts, hidden, double // 2
+        self._grouper = PairGrouper(experts, w13.device)
+        self._compiled = isinstance(gate_up_kernel, triton.JITFunction)
+        self._sms = torch.cuda.get_device_properties(w13.device).multi_processor_count if w13.is_cuda else 1
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        experts: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        top_k: int = 1,
+        out: torch.Tensor | None = None,
+        tiling: FFNTiling | None = None,
+    ) -> torch.Tensor:
+        """One unsummed row per (row, expert) pair; runs on the current stream, without synchronising.
+
+        hidden_states: [n, hidden], rows contiguous.  experts: [pairs] int32, local index, -1 for none (that row of the result
+        is left as it was).  rows: [pairs] int32, None when pair i reads row i // top_k.  Returns out: [pairs, hidden].
+        """
+        pairs = experts.numel()
+        self._check(hidden_states, experts, rows)
+        if out is None:
+            out = hidden_states.new_empty(pairs, self.hidden)
+        if pairs == 0:
+            return out
+        tiling = tiling or choose_tiling(pairs, self.num_experts)
+        if not self._compiled and tiling.pdl:
+            tiling = replace(tiling, pdl=False)
+        grouping = self._grouper.group(experts, rows, top_k, tiling.block_m, tiling.pdl)
+        activations = hidden_states.new_empty(pairs, self.intermediate)
+        self.gate_up(hidden_states, grouping, activations, tiling)
+        self.down(activations, grouping, out, tiling)
+        return out
+
+    def gate_up(self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, tiling: FFNTiling) -> None:
+        """Gate and up product with SwiGLU; activations: [pairs, intermediate] in grouped order."""
+        cut = tiling.gate_up
+        stacked, paired = self.w13.view(-1, self.hidden), self.w13.view(-1, self.intermediate, self.hidden)
+        gate_up_kernel[self._grid(grouping, self.intermediate, cut)](
+            x, x.stride(0), TensorDescriptor.from_tensor(stacked, [cut.block_n, cut.block_k]),
+            TensorDescriptor.from_tensor(paired, [2, cut.block_n, cut.block_k]), activations,
+            grouping.rows, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
+            EVEN_K=self.hidden % cut.block_k == 0, **_constants(tiling, cut),
+        )  # fmt: skip
+
+    def down(self, activations: torch.Tensor, grouping: Grouping, out: torch.Tensor, tiling: FFNTiling) -> None:
+        """Down product; row `pair` of out gets the pair's result."""
+        cut = tiling.down
+        weights = self.w2.view(-1, self.intermediate)
+        parts, part_bytes = self._prefetch(cut)
+        down_kernel[self._grid(grouping, self.hidden, cut)](
+            activations, TensorDescriptor.from_tensor(activations, [tiling.block_m, cut.block_k]),
+            TensorDescriptor.from_tensor(weights, [cut.block_n, cut.block_k]), self.w2, out, out.stride(0),
+            grouping.order, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
+            EVEN_K=self.intermediate % cut.block_k == 0,
+            ACT_TMA=cut.act_tma, PREFETCH_PARTS=parts, PREFETCH_BYTES=part_bytes,
+            **_constants(tiling, cut),
+        )  # fmt: skip
+
+    def _prefetch(self, cut: Tiling) -> tuple[int, int]:
+        """How to ask for the start of each weight row: (parts per row, bytes per part); one part per thread."""
+        parts = max(cut.warps * 32 // cut.block_n, 1)
+        part_bytes = min(self.intermediate * self.w2.element_size(), PREFETCH_ROW_BYTES) // parts
+        usable = self.hidden % cut.block_n == 0 and part_bytes % 16 == 0
+        return (parts, part_bytes) if usable else (1, 0)
+
+    def _grid(self, grouping: Grouping, columns: int, cut: Tiling) -> tuple[int]:
+        items = grouping.max_tiles * triton.cdiv(columns, cut.block_n)
+        return (min(items, self._sms * cut.programs_per_sm) if cut.programs_per_sm else items,)
+
+    def _check(self, hidden_states: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor | None) -> None:
+        if hidden_states.ndim != 2 or hidden_states.shape[1] != self.hidden or hidden_states.stride(1) != 1:
+            raise ValueError(f"hidden_states must be [n, {self.hidden}] with contiguous rows")
+        if hidden_states.dtype != self.w13.dtype:
+            raise ValueError(f"hidden_states are {hidden_states.dtype}, the weights {self.w13.dtype}")
+        for name, ids in (("experts", experts), ("rows", rows)):
+            if ids is not None and (ids.dtype != torch.int32 or not ids.is_contiguous() or ids.numel() != experts.numel()):
+                raise ValueError(f"{name} must be a contiguous int32 tensor with one entry per pair")
+
+
+def _constants(tiling: FFNTiling, cut: Tiling) -> dict[str, int | bool]:
+    launch = {"launch_pdl": True} if tiling.pdl else {}
+    return {
+        "BLOCK_M": tiling.block_m, "SMALL_M": tiling.small_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k,
+        "GROUP_M": cut.group_m, "SWAP": cut.swap, "FLATTEN": cut.flatten, "PDL": tiling.pdl,
+        "num_warps": cut.warps, "num_stages": cut.stages, **launch,
+    }  # fmt: skip

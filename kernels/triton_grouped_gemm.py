@@ -1,0 +1,209 @@
+"""The two grouped GEMMs of an expert FFN: gate/up with SwiGLU, and down.
+
+Every output element is one accumulator that runs over K in ascending order, 16 at a time, whatever the tile: no split-K, no
+second accumulator. That is why a row's bits depend neither on the number of rows nor on the tile that computes it.
+
+`SWAP` makes the weights the left operand (their rows are the 64 rows of a wgmma, the tokens its width of 8 to 256): a tile of
+16 tokens then costs no padding to 64. Weights come through TMA descriptors; token rows are gathered by pointer, which Hopper's
+TMA cannot.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _prefetch_l2(ptr, row_bytes, ROWS: tl.constexpr, PARTS: tl.constexpr, PART_BYTES: tl.constexpr):
+    """Ask for the first PARTS * PART_BYTES bytes of ROWS rows to be brought into L2, without waiting. 16 divides all sizes."""
+    index = tl.arange(0, ROWS * PARTS)
+    ptrs = (ptr + (index // PARTS).to(tl.int64) * row_bytes + (index % PARTS) * PART_BYTES).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r", [ptrs, tl.full(index.shape, PART_BYTES, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _locate(index, num_tiles, n_blocks, GROUP_M: tl.constexpr):
+    """Tile and column block of a work item: GROUP_M tiles share each column block before the next (weights stay in L2)."""
+    per_group = GROUP_M * n_blocks
+    first = (index // per_group) * GROUP_M
+    height = tl.minimum(num_tiles - first, GROUP_M)
+    inside = index % per_group
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _multiply(x, w, acc, SWAP: tl.constexpr):
+    if SWAP:
+        return tl.dot(w, x.T, acc)
+    else:
+        return tl.dot(x, w.T, acc)
+
+
+@triton.jit
+def _zeros(M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr):
+    if SWAP:
+        return tl.zeros((N, M), tl.float32)
+    else:
+        return tl.zeros((M, N), tl.float32)
+
+
+@triton.jit
+def _swiglu(gate, up, dtype: tl.constexpr):
+    return (gate * (1.0 / (1.0 + tl.exp(-gate))) * up).to(dtype)
+
+
+@triton.jit
+def _gate_up_tile(
+    x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n, hidden, intermediate,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    live = m < rows
+    row = tl.load(rows_ptr + start + m, mask=live, other=0)
+    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * x_stride + k[None, :]
+    column = block_n * BLOCK_N
+    gate_row = expert * 2 * intermediate + column
+    if SWAP:
+        gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        up = gate
+    else:
+        both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    for k0 in range(0, hidden, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs + k0, mask=live[:, None], other=0.0)
+        else:
+            x = tl.load(x_ptrs + k0, mask=live[:, None] & (k[None, :] < hidden - k0), other=0.0)
+        if SWAP:  # the left operand must not be reshaped: it would travel through registers
+            gate = tl.dot(w_desc.load([gate_row, k0]), x.T, gate)
+            up = tl.dot(w_desc.load([gate_row + intermediate, k0]), x.T, up)
+        else:  # one product twice as wide reads x from shared memory once
+            w = w_pair_desc.load([expert * 2, column, k0]).reshape(2 * BLOCK_N, BLOCK_K)
+            both = tl.dot(x, w.T, both)
+    if SWAP:
+        act = _swiglu(gate, up, act_ptr.dtype.element_ty).T
+    else:
+        gate, up = tl.split(both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1))
+        act = _swiglu(gate, up, act_ptr.dtype.element_ty)
+    n = column + tl.arange(0, BLOCK_N)
+    act_ptrs = act_ptr + (start + m).to(tl.int64)[:, None] * intermediate + n[None, :]
+    tl.store(act_ptrs, act, mask=live[:, None] & (n < intermediate)[None, :])
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
+    BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SWAP: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """act[position, i] = silu(x @ gate.T) * (x @ up.T).
+
+    w_desc: [experts * 2 * intermediate, hidden], gate above up; w_pair_desc: the same as [experts * 2, intermediate, hidden].
+    A tile of at most SMALL_M rows (0: no such class) is computed at that height.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    num_tiles = tl.load(num_tiles_ptr)
+    n_blocks = tl.cdiv(intermediate, BLOCK_N)
+    for index in tl.range(tl.program_id(0), num_tiles * n_blocks, tl.num_programs(0), flatten=FLATTEN):
+        tile, block_n = _locate(index, num_tiles, n_blocks, GROUP_M)
+        entry = tiles_ptr + 4 * tile
+        expert = tl.load(entry)
+        start = tl.load(entry + 1)
+        rows = tl.load(entry + 2)
+        if SMALL_M == 0:
+            _gate_up_tile(
+                x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n, hidden, intermediate,
+                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K,
+            )  # fmt: skip
+        elif rows <= SMALL_M:
+            _gate_up_tile(
+                x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n, hidden, intermediate,
+                SMALL_M, BLOCK_N, BLOCK_K, True, EVEN_K,
+            )  # fmt: skip
+        else:
+            _gate_up_tile(
+                x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n, hidden, intermediate,
+                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def _down_tile(
+    act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n, hidden, intermediate,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
+    ACT_TMA: tl.constexpr,
+):  # fmt: skip
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    live = m < rows
+    act_ptrs = act_ptr + (start + m).to(tl.int64)[:, None] * intermediate + k[None, :]
+    acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    for k0 in range(0, intermediate, BLOCK_K):
+        if ACT_TMA:  # rows past the tile belong to others: they are read, and their products not stored
+            x = act_desc.load([start, k0])
+        elif EVEN_K:
+            x = tl.load(act_ptrs + k0, mask=live[:, None], other=0.0)
+        else:
+            x = tl.load(act_ptrs + k0, mask=live[:, None] & (k[None, :] < intermediate - k0), other=0.0)
+        acc = _multiply(x, w_desc.load([w_row, k0]), acc, SWAP)
+    result = acc.to(out_ptr.dtype.element_ty)
+    if SWAP:
+        result = result.T
+    pair = tl.load(order_ptr + start + m, mask=live, other=0)
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    out_ptrs = out_ptr + pair.to(tl.int64)[:, None] * out_stride + n[None, :]
+    tl.store(out_ptrs, result, mask=live[:, None] & (n < hidden)[None, :])
+
+
+@triton.jit
+def down_kernel(
+    act_ptr, act_desc, w_desc, w_ptr, out_ptr, out_stride, order_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
+    BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SWAP: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr, ACT_TMA: tl.constexpr,
+    PREFETCH_PARTS: tl.constexpr, PREFETCH_BYTES: tl.constexpr,
+):  # fmt: skip
+    """out[pair] = act[position of pair] @ w.T; w_desc: [experts * hidden, intermediate], w_ptr the same memory.
+
+    With PDL the program starts while gate_up_kernel still runs: the tile list is ready (gate_up_kernel lets dependents start
+    only after it has waited for it), the activations are not. The start of the first tile's weight rows, PREFETCH_PARTS *
+    PREFETCH_BYTES each (0: none), travels to L2 in that time.
+    """
+    num_tiles = tl.load(num_tiles_ptr)
+    n_blocks = tl.cdiv(hidden, BLOCK_N)
+    if PDL:
+        if PREFETCH_BYTES:
+            if tl.program_id(0) < num_tiles * n_blocks:
+                tile, block_n = _locate(tl.program_id(0), num_tiles, n_blocks, GROUP_M)
+                w_row = tl.load(tiles_ptr + 4 * tile) * hidden + block_n * BLOCK_N
+                row_bytes = intermediate * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+                first = w_ptr.to(tl.pointer_type(tl.uint8)) + w_row.to(tl.int64) * row_bytes
+                _prefetch_l2(first, row_bytes, BLOCK_N, PREFETCH_PARTS, PREFETCH_BYTES)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for index in tl.range(tl.program_id(0), num_tiles * n_blocks, tl.num_programs(0), flatten=FLATTEN):
+        tile, block_n = _locate(index, num_tiles, n_blocks, GROUP_M)
+        entry = tiles_ptr + 4 * tile
+        w_row = tl.load(entry) * hidden + block_n * BLOCK_N
+        start = tl.load(entry + 1)
+        rows = tl.load(entry + 2)
+        if SMALL_M == 0:
+            _down_tile(
+                act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n, hidden, intermediate,
+                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K, ACT_TMA,
+            )  # fmt: skip
+        elif rows <= SMALL_M:
+            _down_tile(
+                act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n, hidden, intermediate,
+                SMALL_M, BLOCK_N, BLOCK_K, True, EVEN_K, False,
+            )  # fmt: skip
+        else:
+            _down_tile(
+                act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n, hidden, intermediate,
+                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K, ACT_TMA,
+            )  # fmt: skip

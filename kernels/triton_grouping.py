@@ -1,0 +1,157 @@
+"""Group (row, expert) pairs by expert into row tiles, on the device and without a synchronisation.
+
+The grouped GEMMs walk a tile list: which expert, where its pairs start in the grouped order, how many rows. Everything here
+is sized by the number of pairs alone, so a CUDA graph can capture it. The order of the pairs *within* an expert is left to
+atomics, hence not reproducible; it may be, because a row's bits do not depend on its position (tests hold this).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+SINGLE_PROGRAM_PAIRS = 2048
+"""Up to here one program does everything in one launch; above, three launches spread over the device."""
+
+
+@triton.jit
+def _count(experts_ptr, rank_ptr, counts_ptr, pairs, first, BLOCK: tl.constexpr):
+    index = first + tl.arange(0, BLOCK)
+    expert = tl.load(experts_ptr + index, mask=index < pairs, other=-1)
+    local = expert >= 0
+    rank = tl.atomic_add(counts_ptr + expert, 1, mask=local, sem="relaxed")
+    tl.store(rank_ptr + index, rank, mask=local)
+
+
+@triton.jit
+def _list_tiles(counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    expert = tl.arange(0, EXPERTS)
+    valid = expert < num_experts
+    count = tl.load(counts_ptr + expert, mask=valid, other=0)
+    offset = tl.cumsum(count) - count
+    tiles = (count + BLOCK_M - 1) // BLOCK_M
+    tile = tl.cumsum(tiles) - tiles
+    tl.store(offsets_ptr + expert, offset, mask=valid)
+    tl.store(counts_ptr + expert, tl.zeros_like(count), mask=valid)  # ready for the next call
+    tl.store(num_tiles_ptr, tl.sum(tiles))
+    for part in range(tl.max(tiles)):
+        entry = tiles_ptr + 4 * (tile + part)
+        here = part < tiles
+        tl.store(entry, expert, mask=here)
+        tl.store(entry + 1, offset + part * BLOCK_M, mask=here)
+        tl.store(entry + 2, tl.minimum(count - part * BLOCK_M, BLOCK_M), mask=here)
+
+
+@triton.jit
+def _place(experts_ptr, rows_ptr, rank_ptr, offsets_ptr, order_ptr, sorted_rows_ptr, pairs, top_k, first, BLOCK: tl.constexpr):
+    pair = first + tl.arange(0, BLOCK)
+    expert = tl.load(experts_ptr + pair, mask=pair < pairs, other=-1)
+    local = expert >= 0
+    position = tl.load(offsets_ptr + expert, mask=local) + tl.load(rank_ptr + pair, mask=local)
+    if top_k == 0:
+        row = tl.load(rows_ptr + pair, mask=local)
+    else:
+        row = pair // top_k
+    tl.store(order_ptr + position, pair, mask=local)
+    tl.store(sorted_rows_ptr + position, row, mask=local)
+
+
+@triton.jit
+def _group_small_kernel(
+    experts_ptr, rows_ptr, rank_ptr, counts_ptr, offsets_ptr, order_ptr, sorted_rows_ptr, tiles_ptr, num_tiles_ptr,
+    pairs, top_k, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    _count(experts_ptr, rank_ptr, counts_ptr, pairs, 0, BLOCK)
+    tl.debug_barrier()
+    _list_tiles(counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts, EXPERTS, BLOCK_M)
+    tl.debug_barrier()
+    _place(experts_ptr, rows_ptr, rank_ptr, offsets_ptr, order_ptr, sorted_rows_ptr, pairs, top_k, 0, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _count_kernel(experts_ptr, rank_ptr, counts_ptr, pairs, BLOCK: tl.constexpr):
+    _count(experts_ptr, rank_ptr, counts_ptr, pairs, tl.program_id(0) * BLOCK, BLOCK)
+
+
+@triton.jit
+def _list_tiles_kernel(
+    counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    _list_tiles(counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts, EXPERTS, BLOCK_M)
+
+
+@triton.jit
+def _place_kernel(
+    experts_ptr, rows_ptr, rank_ptr, offsets_ptr, order_ptr, sorted_rows_ptr, pairs, top_k, BLOCK: tl.constexpr
+):
+    first = tl.program_id(0) * BLOCK
+    _place(experts_ptr, rows_ptr, rank_ptr, offsets_ptr, order_ptr, sorted_rows_ptr, pairs, top_k, first, BLOCK)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The grouped order of `pairs` pairs, device tensors, int32.
+
+    order: [pairs], grouped position -> pair.  rows: [pairs], grouped position -> row of the hidden states.
+    tiles: [max_tiles, 4], (expert, first grouped position, rows, unused) per tile; only the first num_tiles are set.
+    num_tiles: [1]. Positions past the local pairs (expert -1) are not set.
+    """
+
+    order: torch.Tensor
+    rows: torch.Tensor
+    tiles: torch.Tensor
+    num_tiles: torch.Tensor
+    block_m: int
+
+    @property
+    def max_tiles(self) -> int:
+        """Upper bound of num_tiles, known without reading the device."""
+        return self.tiles.shape[0]
+
+
+class PairGrouper:
+    """Groups pairs for one device; owns the counters, which every call leaves zeroed."""
+
+    def __init__(self, num_experts: int, device: torch.device) -> None:
+        self.num_experts = num_experts
+        self._counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
+        self._offsets = torch.zeros(num_experts, dtype=torch.int32, device=device)
+
+    def group(
+        self, experts: torch.Tensor, rows: torch.Tensor | None, top_k: int, block_m: int, pdl: bool = False
+    ) -> Grouping:
+        """Group pairs by expert into tiles of at most block_m rows.
+
+        experts: [pairs] int32, the local expert of each pair, -1 where another server has it.
+        rows: [pairs] int32, the row of each pair; None when pair i belongs to row i // top_k.
+        """
+        pairs = experts.numel()
+        max_tiles = min(pairs, pairs // block_m + self.num_experts)
+        sizes = (pairs, pairs, pairs, 4 * max_tiles, 1)  # one allocation each: a view could be less aligned
+        rank, order, sorted_rows, tiles, num_tiles = (experts.new_empty(size) for size in sizes)
+        shape = {"EXPERTS": triton.next_power_of_2(self.num_experts), "BLOCK_M": block_m}
+        rows_arg = experts if rows is None else rows
+        top_k = 0 if rows is not None else top_k
+        if pairs <= SINGLE_PROGRAM_PAIRS:
+            block = max(triton.next_power_of_2(pairs), 32)
+            _group_small_kernel[(1,)](
+                experts, rows_arg, rank, self._counts, self._offsets, order, sorted_rows, tiles, num_tiles,
+                pairs, top_k, self.num_experts, **shape, BLOCK=block, PDL=pdl, num_warps=min(max(block // 64, 4), 16),
+                **({"launch_pdl": True} if pdl else {}),
+            )  # fmt: skip
+        else:
+            block = 512
+            grid = (triton.cdiv(pairs, block),)
+            _count_kernel[grid](experts, rank, self._counts, pairs, BLOCK=block)
+            _list_tiles_kernel[(1,)](self._counts, self._offsets, tiles, num_tiles, self.num_experts, **shape)
+            _place_kernel[grid](
+                experts, rows_arg, rank, self._offsets, order, sorted_rows, pairs, top_k, BLOCK=block
+            )  # fmt: skip
+        return Grouping(order, sorted_rows, tiles.view(max_tiles, 4), num_tiles, block_m)
