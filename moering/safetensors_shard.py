@@ -83,11 +83,15 @@ class Shard:
             raise CheckpointError(f"{path}: cannot open this shard: {e.strerror}") from e
         self._close = weakref.finalize(self, os.close, self._fd)
         status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise self._error("not a regular file")
         self.size = status.st_size
-        self.header = self._read_header()
-        self.tensors = self._parse_header()
+        try:
+            if not stat.S_ISREG(status.st_mode):
+                raise self._error("not a regular file")
+            self.header = self._read_header()
+            self.tensors = self._parse_header()
+        except CheckpointError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the file; harmless when called twice."""
