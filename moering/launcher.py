@@ -7,6 +7,7 @@ checkpoint. It tells the coordinator of each process that it reaps, which is pro
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shlex
@@ -21,6 +22,7 @@ from pathlib import Path
 import zmq
 
 from moering import protocol, transport
+from moering.checkpoint import Checkpoint
 from moering.config import option
 from moering.errors import ConfigError
 from moering.http_client import HttpError, get_json, request
@@ -168,9 +170,7 @@ def _run(config: Config) -> int:
     _check_port_is_free(config)
     os.environ.pop("MOERING_CONFIG", None)  # the keys of that file are the launcher's; its processes would refuse them
     checkpoint = _checkpoint(config.model)
-    logger.info(
-        "serving %s with %d expert servers, replication %d", checkpoint, config.expert_servers, config.replication
-    )
+    logger.info("%d expert servers, replication %d", config.expert_servers, config.replication)
     run_directory = _make_run_directory()
     try:
         return serve(config, commands(config, checkpoint, run_directory), coordinator_address(run_directory))
@@ -179,13 +179,17 @@ def _run(config: Config) -> int:
 
 
 def _checkpoint(model: str) -> Path:
+    """The checkpoint's directory, checked here so that a bad one is one error and not one of each process."""
     if model == "default":
-        from moering.default_model import default_model_path
+        from moering.default_model import default_model_path  # building it needs imports that serving does not
 
-        return default_model_path()
-    path = Path(model).resolve()
-    if not path.is_dir():
-        raise ConfigError(f"{model} is neither `default` nor a checkpoint directory")
+        path = default_model_path()
+    else:
+        path = Path(model).resolve()
+        if not path.is_dir():
+            raise ConfigError(f"{model} is neither `default` nor a checkpoint directory")
+    with contextlib.closing(Checkpoint(path)) as c:
+        logger.info("%s: %d layers of %d experts, top-%d", path, c.num_layers, c.num_experts, c.top_k)
     return path
 
 

@@ -172,6 +172,15 @@ def test_a_model_that_is_no_directory_is_one_line(tmp_path: Path, capsys: pytest
     assert error == [f"moering serve: {tmp_path}/nothing is neither `default` nor a checkpoint directory"]
 
 
+def test_a_bad_checkpoint_is_one_line_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launcher.main([str(tmp_path), "--port", str(free_port())]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert f"{tmp_path}/config.json" in error[0]
+
+
 def test_the_run_directory_is_private_and_its_path_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = tmp_path / ("x" * launcher.MAX_RUN_DIRECTORY_CHARS)
     long.mkdir()
