@@ -172,9 +172,7 @@ def test_a_model_that_is_no_directory_is_one_line(tmp_path: Path, capsys: pytest
     assert error == [f"moering serve: {tmp_path}/nothing is neither `default` nor a checkpoint directory"]
 
 
-def test_a_bad_checkpoint_is_one_line_before_anything_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.main([str(tmp_path), "--port", str(free_port())]) == 1
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
