@@ -20,6 +20,7 @@ import zmq
 
 from expert_server.config import Config
 from expert_server.loader import Loader
+from expert_server.memory import default_capacity, release_free_memory
 from expert_server.residency import Residency
 from expert_server.service import Service
 from moering import transport
@@ -77,6 +78,7 @@ class ExpertServer:
             while not self._has_plan(view) or not self.loader.reconcile(view, gently=False):  # type: ignore[arg-type]
                 view = self.loader.wait_for_change(view)
             gc.freeze()
+            release_free_memory()
             self.state = "ONLINE"
             self.lease.renew()
             logger.info("online at %s with %d experts", self.address, len(self.residency.keys()))
@@ -105,6 +107,7 @@ class ExpertServer:
                 view = self.loader.wait_for_change(view)
                 if self.state != "JOINING" and view is not None:
                     self.loader.reconcile(view, gently=True)
+                    release_free_memory()
         except MoeringError as e:
             self._fail(e)
 
@@ -157,16 +160,6 @@ def lower_priority() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def default_capacity(expert_bytes: int) -> int:
-    """Experts that fit in 80 % of the memory that is available now; without /proc, of half of all there is."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except OSError:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return max(1, int(free * 0.8) // expert_bytes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

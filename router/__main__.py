@@ -25,6 +25,8 @@ from router.frontend import Frontend
 
 logger = logging.getLogger(__name__)
 
+LIKELY_STREAMS = 16  # the cache keeps room for each of so many sequences to grow in one piece
+
 
 class Router:
     """One router process."""
@@ -102,8 +104,9 @@ def build_engine(
     cache = KVCache(*shape, num_blocks)
     decoder = Decoder(checkpoint, cache, config.backend)  # type: ignore[arg-type]
     limit = min(config.max_model_len or model.max_positions, model.max_positions)
+    span = max(1, min(num_blocks // LIKELY_STREAMS, -(-limit // cache.block_size)))
     scheduler = Scheduler(
-        BlockManager(num_blocks), config.max_num_seqs, config.max_num_batched_tokens, cache.block_size, limit,
+        BlockManager(num_blocks, span), config.max_num_seqs, config.max_num_batched_tokens, cache.block_size, limit,
         StepCost(), model.vocab_size,
     )  # fmt: skip
     return Engine(
