@@ -119,6 +119,18 @@ async def serving(model: str, log: Path, flags: Sequence[str], ready_s: float) -
         await asyncio.to_thread(_stop, launcher)
 
 
+@contextlib.asynccontextmanager
+async def found_or_started(
+    url: str | None, model: str, log: Path, flags: Sequence[str], ready_s: float
+) -> AsyncIterator[str]:
+    """The cluster at `url`, else one of `serving`."""
+    if url:
+        yield url
+        return
+    async with serving(model, log, flags, ready_s) as started:
+        yield started
+
+
 async def _wait_ready(url: str, launcher: subprocess.Popen[bytes]) -> None:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
         while True:

@@ -8,13 +8,11 @@ compares: tokens lost, duplicated, changed; digests of the sampled logits; the l
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from tqdm import tqdm
 
 from bench.account import Output
 from bench.client import new_session
-from bench.cluster import Status, read_status, serving
+from bench.cluster import Status, found_or_started, read_status
 from bench.episodes import Episode, Watcher, inject
 from bench.fault_pictures import draw
 from bench.fault_report import Run, markdown, report
@@ -89,7 +87,10 @@ class FaultConfig:
 
 async def run(config: FaultConfig) -> Run:
     """The reference and the run with faults, on a cluster started for it or the one at `config.url`."""
-    async with _cluster(config) as url, new_session(config.timeout) as session:
+    flags = ["--expert-servers", str(config.expert_servers), "--replication", str(config.replication)]
+    log = Path(config.out, "cluster.log")
+    cluster = found_or_started(config.url, config.model, log, [*flags, *config.serve_flags], config.ready_timeout)
+    async with cluster as url, new_session(config.timeout) as session:
         prompt, output = config.lengths()
         model = await first_model(session, url)
         bodies = fixed_requests(config.requests, model, prompt, output, config.ids_below(), config.seed)
@@ -98,17 +99,6 @@ async def run(config: FaultConfig) -> Run:
         started_s = time.perf_counter()
         episodes = await _faults(clients, config)
         return Run(reference, reference_s, clients.recorded, episodes, started_s, time.perf_counter())
-
-
-@contextlib.asynccontextmanager
-async def _cluster(config: FaultConfig) -> AsyncIterator[str]:
-    if config.url:
-        yield config.url
-        return
-    flags = ["--expert-servers", str(config.expert_servers), "--replication", str(config.replication)]
-    log = Path(config.out, "cluster.log")
-    async with serving(config.model, log, [*flags, *config.serve_flags], config.ready_timeout) as url:
-        yield url
 
 
 async def _reference(
