@@ -65,11 +65,16 @@ class Plan:
     replicas: Replicas
     ways: npt.NDArray[np.uint8]
 
-    def held_by(self, server_id: str) -> list[tuple[int, int]]:
-        """The (layer, expert) pairs that a server should hold, sorted; none for a server unknown to the plan."""
+    def mask_of(self, server_id: str) -> npt.NDArray[np.bool_]:
+        """What a server should hold, bool [layers, experts]; nothing for a server unknown to the plan."""
         if server_id not in self.servers:
-            return []
-        layers, experts = np.nonzero((self.replicas == self.servers.index(server_id)).any(axis=2))
+            return np.zeros(self.replicas.shape[:2], np.bool_)
+        mask: npt.NDArray[np.bool_] = (self.replicas == self.servers.index(server_id)).any(axis=2)
+        return mask
+
+    def held_by(self, server_id: str) -> list[tuple[int, int]]:
+        """The (layer, expert) pairs that a server should hold, sorted."""
+        layers, experts = np.nonzero(self.mask_of(server_id))
         return list(zip(layers.tolist(), experts.tolist(), strict=True))
 
 

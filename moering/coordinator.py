@@ -1,0 +1,168 @@
+"""`python -m moering.coordinator`: the zmq shell around `moering.membership`.
+
+One bound socket, one thread, a blocking poll. Never on the data path: while it is away, everything serves on with its
+last view, and back it learns from its members what it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import zmq
+
+from moering import protocol, transport
+from moering.config import option
+from moering.errors import ConfigError, ProtocolError
+from moering.membership import Action, Membership, Probe, Rules, Send
+from moering.probe import EndpointProbe
+from moering.process import incarnation, install_signal_handlers, run_main
+from moering.protocol import MemberInfo, Refused, View
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.05
+BATCH = 256
+"""At most so many messages are taken in before time passes, so that no flood of them keeps leases from being judged."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Keep the members of a cluster together: leases, the placement of experts, and the view that all share."""
+
+    bind: str = option("tcp://127.0.0.1:7000", "zmq endpoint that members join; port * takes a free one")
+    id: str = option("coordinator", "name in status and logs")
+    expert_servers: int = option(0, "expert servers to wait for before the first plan; 0: those who come")
+    replication: int = option(2, "expert servers that hold each expert; one less may die at once")
+    lease_s: float = option(10.0, "a member that does not renew for so many seconds is dead; they renew every second")
+    rejoin_grace_s: float = option(5.0, "seconds that a dead server's share waits for its restart")
+    settle_s: float = option(15.0, "longest wait for --expert-servers, from the first one on")
+    allow_inexact: bool = option(False, "admit expert servers whose results differ in the last bits")
+    insecure: bool = option(False, "bind addresses that other machines reach; there is no authentication yet")
+    advertise: str = option("", "host name that members use, where it is not the bound one")
+
+    def __post_init__(self) -> None:
+        if self.replication < 1 or self.expert_servers < 0:
+            raise ConfigError("replication must be at least 1, expert_servers not negative")
+        if self.lease_s < 2.0:
+            raise ConfigError(f"lease_s {self.lease_s:g}: members renew every second, so at least 2")
+        if min(self.rejoin_grace_s, self.settle_s) < 0:
+            raise ConfigError("rejoin_grace_s and settle_s must not be negative")
+
+
+class Coordinator:
+    """Socket, probes and clock of one `Membership`."""
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.socket = transport.make_socket(zmq.ROUTER, queue_messages=10_000)
+        self.address = transport.bind(self.socket, config.bind, insecure=config.insecure, advertise=config.advertise)
+        rules = Rules(
+            config.expert_servers, config.replication, config.lease_s, config.rejoin_grace_s, config.settle_s,
+            config.allow_inexact,
+        )  # fmt: skip
+        own = MemberInfo("coordinator", config.id, incarnation(), self.address, os.getpid(), "ONLINE", "", 0, 0)
+        self.membership = Membership(rules, own, clock())
+        self.bad_frames = 0
+        self._wakeup = transport.Wakeup()
+        self._stopping = False
+        self._probes: dict[tuple[str, int], EndpointProbe] = {}
+        self._poller = zmq.Poller()
+        self._poller.register(self.socket, zmq.POLLIN)
+        self._poller.register(self._wakeup.fd, zmq.POLLIN)
+
+    def stop(self) -> None:
+        """Make `run` return. May be called from a signal handler."""
+        self._stopping = True
+        self._wakeup.set()
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        next_tick_s = self._clock()
+        while not self._stopping:
+            self._poller.poll(max(0, int((next_tick_s - self._clock()) * 1000)))
+            self._receive()
+            self._finish_probes()
+            if self._clock() >= next_tick_s:
+                self._act(self.membership.tick(self._clock()))
+                next_tick_s = self._clock() + TICK_S
+        self.close()
+
+    def close(self) -> None:
+        """Release the sockets."""
+        for probe in self._probes.values():
+            probe.close()
+        self._wakeup.close()
+        self.socket.close()
+
+    def _receive(self) -> None:
+        for _ in range(BATCH):
+            frames = transport.try_receive(self.socket)
+            if frames is None:
+                return
+            sender = frames[0]
+            try:
+                message, _ = protocol.decode(frames[1:])
+                self._act(self.membership.handle(sender, message, self._clock()))
+            except ProtocolError as e:
+                self.bad_frames += 1
+                logger.warning("bad message %d, answered with an error: %s", self.bad_frames, e)
+                self._act([Send(sender, Refused(str(e), fatal=False))])
+
+    def _act(self, actions: Sequence[Action]) -> None:
+        encoded: tuple[View, bytes] | None = None
+        for action in actions:
+            if isinstance(action, Probe):
+                self._start_probe(action)
+                continue
+            message = action.message
+            if isinstance(message, View):  # one view for all: encoded once
+                if encoded is None or encoded[0] is not message:
+                    encoded = message, protocol.encode(message)
+                header = encoded[1]
+            else:
+                header = protocol.encode(message)
+            if not transport.try_send(self.socket, [action.identity, header]):
+                logger.debug("a member is gone or does not read; it gets the next view when it renews its lease")
+
+    def _start_probe(self, action: Probe) -> None:
+        key = action.server_id, action.incarnation
+        try:
+            probe = self._probes[key] = EndpointProbe(action.address, self._clock())
+        except (OSError, ValueError) as e:
+            logger.warning("cannot probe %s at %s (%s); leaving it to its lease", action.server_id, action.address, e)
+            return
+        self._poller.register(probe.fd, zmq.POLLIN | zmq.POLLERR)
+
+    def _finish_probes(self) -> None:
+        for key, probe in list(self._probes.items()):
+            answer = probe.answer(self._clock())
+            if answer is not None:
+                self._poller.unregister(probe.fd)
+                probe.close()
+                del self._probes[key]
+                logger.info("own probe of %s: %s", key[0], answer)
+                self._act(self.membership.probe_result(*key, answer, self._clock()))
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM."""
+    coordinator = Coordinator(config)
+    install_signal_handlers(coordinator.stop)
+    print(f"listening on {coordinator.address}", flush=True)
+    coordinator.run()
+    logger.info("stopped")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_main("coordinator", Config, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""What expert servers should hold, what they do hold, and what may be routed to: the two steps of every move.
+
+Pure: no socket, no clock. A move changes `target` first. When the server reports that it holds the replica and is
+ONLINE, `routing` changes. A replica that the plan no longer wants stays in `target` until every leased router has
+acknowledged an epoch whose routing does without it, so a server simply drops what is not in `target`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moering import ring
+from moering.protocol import View
+
+SERVING = ("ONLINE", "DRAINING")
+
+Pairs = npt.NDArray[np.bool_]
+Replicas = npt.NDArray[np.int16]
+
+
+@dataclass(slots=True, eq=False)
+class Server:
+    """An expert server. `gone`: dead, but its share is kept for it until the grace time ends; it holds nothing."""
+
+    zone: str
+    capacity: int
+    state: str
+    held: Pairs  # [layers, experts]
+    last_used: npt.NDArray[np.int64]  # [layers, experts]: the last epoch whose routing names the replica, 0 for none
+    urgent: Pairs  # [layers, experts]: orphans that it should load before everything else
+    gone: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tables:
+    """The part of a view that this module answers for; `routing` and `target` are int16 [layers, experts, width]."""
+
+    servers: tuple[str, ...]
+    routing: Replicas
+    target: Replicas
+    failures_survivable: int
+    orphans: int
+    under_target: int
+
+    def same_as(self, other: Tables | None) -> bool:
+        """Whether nothing that a member sees has changed."""
+        return (
+            other is not None
+            and self.servers == other.servers
+            and np.array_equal(self.routing, other.routing)
+            and np.array_equal(self.target, other.target)
+        )
+
+
+class Placement:
+    """All expert servers of one model and the plan for them."""
+
+    def __init__(self, layers: int, experts: int, replication: int) -> None:
+        self.layers, self.experts, self.replication = layers, experts, replication
+        self.servers: dict[str, Server] = {}
+        self.plan: ring.Plan | None = None
+        self.popularity: npt.NDArray[np.float64] | None = None  # tokens per [layer, expert], for the next plan
+        self._digests: npt.NDArray[np.uint64] = np.zeros((layers, experts), np.uint64)
+        self._digest_known = self._none()
+        self._was_served = self._none()
+
+    # --- servers and what they hold ---
+
+    def put(self, server_id: str, zone: str, capacity: int, state: str, held: Pairs | None) -> None:
+        """A server joined, came back or changed. `held` None keeps what is known of it."""
+        server = self.servers.get(server_id)
+        if server is None:
+            server = self.servers[server_id] = Server(
+                zone,
+                capacity,
+                state,
+                self._none(),
+                np.zeros((self.layers, self.experts), np.int64),
+                self._none(),
+            )
+        server.zone, server.capacity, server.state, server.gone = zone, capacity, state, False
+        if held is not None:
+            server.held = held
+
+    def hold(self, server_id: str, held: Pairs) -> None:
+        """A server reports what it holds."""
+        self.servers[server_id].held = held
+
+    def lose(self, server_id: str, *, keep_share: bool) -> None:
+        """A server died. With `keep_share` the plan goes on to count on it."""
+        if keep_share:
+            server = self.servers[server_id]
+            server.gone, server.held, server.urgent = True, self._none(), self._none()
+            server.last_used[:] = 0
+        else:
+            self.servers.pop(server_id, None)
+
+    def unpack(self, held: bytes) -> Pairs | None:
+        """The pairs of a `Held` message; None where they are not sorted pairs of this model."""
+        keys = np.frombuffer(held, "<u4") if len(held) % 4 == 0 else None
+        if keys is None or (np.diff(keys.astype(np.int64)) <= 0).any():
+            return None
+        layers, experts = keys >> 16, keys & 0xFFFF
+        if (layers >= self.layers).any() or (experts >= self.experts).any():
+            return None
+        pairs = self._none()
+        pairs[layers, experts] = True
+        return pairs
+
+    def differing(self, held: Pairs, digests: bytes) -> tuple[int, int] | None:
+        """The first expert whose content differs from the replica seen first; new ones are remembered."""
+        values = np.frombuffer(digests, "<u8")
+        wrong = held & self._digest_known
+        wrong[held] &= self._digests[held] != values
+        if wrong.any():
+            layer, expert = np.argwhere(wrong)[0].tolist()
+            return layer, expert
+        self._digests[held] = values
+        self._digest_known |= held
+        return None
+
+    # --- planning ---
+
+    def replan(self) -> None:
+        """Plan anew for the servers that are here or awaited, starting from what is planned and held."""
+        self.plan = self._plan(self._members())
+
+    def assign_orphans(self, doubtful: AbstractSet[str] = frozenset()) -> None:
+        """Give experts that no server serves to servers that are ONLINE, without waiting for the dead.
+
+        `doubtful` servers look dead without proof: theirs are loaded elsewhere too, but nothing is taken from them.
+        An expert that was never served yet, as at the start, is left to the joining servers that it is planned for.
+        """
+        servers = tuple(sorted(self.servers))
+        sure = np.array([i not in doubtful for i in servers], np.bool_)
+        served = np.asarray(self._serving(servers)[sure].any(axis=0), np.bool_)
+        urgent = self._none()
+        for server in self.servers.values():
+            server.urgent = server.urgent & ~served
+            urgent = urgent | server.urgent
+        able = [m for m in self._members() if m.state == "ONLINE" and not self.servers[m.server_id].gone]
+        able = [m for m in able if m.server_id not in doubtful]
+        orphans = ~served & ~urgent & (self._was_served | ~self._coming())
+        if self.plan is None or not able or not orphans.any():
+            return
+        plan = self._plan(able)
+        if any((self.plan.mask_of(i) & self.servers[i].held & ~plan.mask_of(i)).any() for i in plan.servers):
+            self.plan = plan  # memory is so short that a redundant copy goes: no share is kept for the dead
+        for server_id in plan.servers:
+            self.servers[server_id].urgent = self.servers[server_id].urgent | (plan.mask_of(server_id) & orphans)
+
+    def restore(self, view: View) -> None:
+        """Go on from a view of an earlier coordinator: its target is the plan, its routing is in use."""
+        shape = (view.layers, view.experts, view.width)
+        target = np.frombuffer(view.target, "<i2").reshape(shape).astype(np.int16)
+        routing = np.frombuffer(view.routing, "<i2").reshape(shape).astype(np.int16)
+        self.plan = ring.Plan(tuple(view.servers), target, np.ones(shape[:2], np.uint8))
+        self._note_use(tuple(view.servers), routing, view.epoch)
+
+    def _members(self) -> list[ring.Member]:
+        return [
+            ring.Member(i, s.capacity, s.zone, "ONLINE" if s.gone else s.state) for i, s in sorted(self.servers.items())
+        ]
+
+    def _plan(self, members: list[ring.Member]) -> ring.Plan:
+        popularity = self.popularity
+        return ring.plan(self._previous(), members, popularity, self.replication, self.layers, self.experts)
+
+    def _previous(self) -> ring.Plan | None:
+        """The plan, and for experts whose planned replicas are not all up the other holders, who need not load."""
+        if self.plan is None:
+            return None
+        servers = tuple(sorted(self.servers))
+        planned, complete = self._planned(servers)
+        extra = (self._stack(servers, "held") | self._stack(servers, "urgent")) & ~self._mask(servers) & ~complete
+        known = [s for s, i in enumerate(servers) if i in self.plan.servers or extra[s].any()]
+        number = np.full(len(servers) + 1, -1, np.int16)  # a joiner must not look as if it had been in the plan
+        number[known] = np.arange(len(known))
+        rows = number[np.concatenate([planned, _columns(extra)], axis=2)]
+        return ring.Plan(tuple(servers[s] for s in known), _pack(rows), self.plan.ways)
+
+    def _coming(self) -> Pairs:
+        """The experts that a joining server is going to hold."""
+        coming = self._none()
+        for server_id, server in self.servers.items():
+            if server.state == "JOINING" and not server.gone and self.plan is not None:
+                coming |= self.plan.mask_of(server_id)
+        return coming
+
+    # --- what members see ---
+
+    def tables(self, acknowledged: int | None) -> Tables:
+        """Routing and target now. `acknowledged`: the oldest epoch that a leased router routes by, None without one."""
+        servers = tuple(sorted(self.servers))
+        planned, complete = self._planned(servers)
+        mask, serving = self._mask(servers), self._serving(servers)
+        up = np.where(_pick(serving, planned), planned, np.int16(-1))
+        routing = _pack(np.concatenate([up, _columns(serving & ~mask & ~complete)], axis=2))
+        kept = self._stack(servers, "urgent")
+        for s, server_id in enumerate(servers):
+            server = self.servers[server_id]
+            kept[s] |= (routing == s).any(axis=2)
+            if acknowledged is not None:
+                kept[s] |= server.held & (server.last_used >= max(acknowledged, 1))
+        target = _pack(np.concatenate([planned, _columns(kept & ~mask)], axis=2))
+        width = max(self.replication, routing.shape[2], target.shape[2])
+        routing, target = _widen(routing, width), _widen(target, width)
+        zones = {i: s.zone for i, s in self.servers.items()}
+        survivable = ring.failures_survivable(routing, servers, zones)
+        under = ring.under_target(routing, self.replication)
+        return Tables(servers, routing, target, survivable, ring.orphans(routing), under)
+
+    def published(self, tables: Tables, epoch: int) -> None:
+        """Members are told `tables` as `epoch`: from now on routers may use its routing."""
+        self._note_use(tables.servers, tables.routing, epoch)
+
+    def _note_use(self, servers: tuple[str, ...], routing: Replicas, epoch: int) -> None:
+        self._was_served |= (routing >= 0).any(axis=2)
+        for index, server_id in enumerate(servers):
+            if server_id in self.servers:
+                self.servers[server_id].last_used[(routing == index).any(axis=2)] = epoch
+
+    # --- arrays over servers ---
+
+    def _none(self) -> Pairs:
+        return np.zeros((self.layers, self.experts), np.bool_)
+
+    def _planned(self, servers: tuple[str, ...]) -> tuple[Replicas, Pairs]:
+        """The plan's replicas as indices into `servers`, and which experts have all of theirs serving."""
+        if self.plan is None:
+            return np.full((self.layers, self.experts, 1), -1, np.int16), self._none()
+        index = {i: n for n, i in enumerate(servers)}
+        number = np.array([index.get(i, -1) for i in self.plan.servers] + [-1], np.int16)
+        planned = number[self.plan.replicas]
+        wanted = planned >= 0
+        up = ~wanted | _pick(self._serving(servers), planned)
+        return planned, np.asarray(up.all(axis=2) & wanted.any(axis=2), np.bool_)
+
+    def _mask(self, servers: tuple[str, ...]) -> Pairs:
+        """Which replicas are in the plan: bool [servers, layers, experts]."""
+        mask = np.zeros((len(servers), self.layers, self.experts), np.bool_)
+        for s, server_id in enumerate(servers):
+            if self.plan is not None:
+                mask[s] = self.plan.mask_of(server_id)
+        return mask
+
+    def _serving(self, servers: tuple[str, ...]) -> Pairs:
+        """Which replicas may be routed to: bool [servers, layers, experts]."""
+        held = self._stack(servers, "held")
+        up = [not self.servers[i].gone and self.servers[i].state in SERVING for i in servers]
+        return held & np.array(up, np.bool_).reshape(-1, 1, 1)
+
+    def _stack(self, servers: tuple[str, ...], field: str) -> Pairs:
+        stack = np.zeros((len(servers), self.layers, self.experts), np.bool_)
+        for s, server_id in enumerate(servers):
+            stack[s] = getattr(self.servers[server_id], field)
+        return stack
+
+
+def _columns(mask: Pairs) -> Replicas:
+    """[servers, layers, experts] → [layers, experts, servers] of server indices, -1 where the mask is false."""
+    numbers = np.arange(len(mask), dtype=np.int16).reshape(-1, 1, 1)
+    return np.moveaxis(np.where(mask, numbers, np.int16(-1)), 0, 2)
+
+
+def _pick(mask: Pairs, rows: Replicas) -> Pairs:
+    """Whether the server of each replica in `rows` has its bit of [servers, layers, experts] set."""
+    if not len(mask):
+        return np.zeros(rows.shape, np.bool_)
+    layers, experts = np.ogrid[: rows.shape[0], : rows.shape[1]]
+    picked: Pairs = mask[np.maximum(rows, 0), layers[..., None], experts[..., None]] & (rows >= 0)
+    return picked
+
+
+def _pack(rows: Replicas) -> Replicas:
+    """The replicas of each expert moved to the front in their order, columns of padding cut off."""
+    order = np.argsort(rows < 0, axis=2, kind="stable")
+    width = max(1, int((rows >= 0).sum(axis=2).max()))
+    return np.take_along_axis(rows, order, axis=2)[:, :, :width]
+
+
+def _widen(rows: Replicas, width: int) -> Replicas:
+    return np.pad(rows, ((0, 0), (0, 0), (0, width - rows.shape[2])), constant_values=-1)

@@ -1,0 +1,102 @@
+"""What the coordinator remembers of each process, and the evidence for its death. Pure: `now_s` is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from moering.protocol import Lease, MemberInfo
+
+SUSPECTED_S = 3.0
+"""A majority of routers must have suspected a server for this long."""
+BRAKE_COUNT, BRAKE_SHARE = 3, 0.3
+"""At least so many, and more than this share, looking dead without proof: rather we are cut off than they are dead."""
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One process. `info.state` is OFFLINE once it is dead; a dead one is kept for a while, for the status."""
+
+    info: MemberInfo
+    identity: bytes
+    lease_until_s: float
+    acknowledged: int = 0  # epoch of the newest view that its main loop applied
+    suspects: dict[str, float] = field(default_factory=dict)  # a router's: server id → suspected since
+    busy_until_s: float = 0.0
+    progress: int = 0
+    progress_at_s: float = 0.0
+    queued: int = 0
+    view_sent_s: float = 0.0
+    died_s: float = 0.0
+    grace_until_s: float | None = None
+    probed_s: float = float("-inf")
+    silent: bool = False  # the coordinator's own probe got no answer
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is a member."""
+        return self.info.state != "OFFLINE"
+
+    def renew(self, identity: bytes, lease: Lease, lease_s: float, now_s: float) -> None:
+        """Take in a renewal of the lease."""
+        self.identity, self.lease_until_s = identity, now_s + lease_s
+        self.acknowledged = lease.epoch
+        self.suspects = {s: self.suspects.get(s, now_s) for s in lease.suspects}
+        self.busy_until_s = now_s + max(0.0, lease.busy_for_s)
+        if lease.progress != self.progress or not lease.queued:
+            self.progress, self.progress_at_s = lease.progress, now_s
+        self.queued = lease.queued
+        self.info = replace(self.info, state=lease.state)
+
+    def stalled(self, now_s: float) -> bool:
+        """Work is queued and its main loop has not turned for a while."""
+        return self.queued > 0 and now_s - self.progress_at_s >= SUSPECTED_S and now_s >= self.busy_until_s
+
+    def shift(self, by_s: float) -> None:
+        """The coordinator itself was stopped for so long: nothing that lapsed meanwhile is anybody's fault."""
+        self.lease_until_s += by_s
+        self.busy_until_s += by_s
+        self.progress_at_s += by_s
+        self.probed_s += by_s
+        self.suspects = {s: since + by_s for s, since in self.suspects.items()}
+        if self.grace_until_s is not None:
+            self.grace_until_s += by_s
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Who looks dead without proof, with the reason; and whom the coordinator should ask itself."""
+
+    dead: Mapping[str, str]
+    probe: tuple[Record, ...]
+
+
+def examine(records: Iterable[Record], now_s: float) -> Evidence:
+    """Judge all members by their leases and by the routers' suspicions."""
+    alive = [r for r in records if r.alive]
+    dead = {r.info.server_id: "its lease lapsed" for r in alive if r.lease_until_s < now_s}
+    routers = [r for r in alive if r.info.kind == "router" and r.info.server_id not in dead]
+    probe = []
+    for record in alive:
+        server_id = record.info.server_id
+        if record.info.kind != "expert-server" or server_id in dead or now_s < record.busy_until_s:
+            continue
+        votes = sum(now_s - r.suspects.get(server_id, now_s) >= SUSPECTED_S for r in routers)
+        if 2 * votes <= len(routers) or not votes:
+            record.silent = False
+        elif len(routers) > 1 or record.silent or record.stalled(now_s):
+            dead[server_id] = f"{votes} of {len(routers)} routers suspect it"
+        elif now_s - record.probed_s >= SUSPECTED_S:
+            probe.append(record)
+    return Evidence(dead, tuple(probe))
+
+
+def braked(dead: Iterable[Record], records: Iterable[Record]) -> set[str]:
+    """The kinds of which too many look dead at once to believe it."""
+    of_kind: dict[str, list[int]] = {}
+    for record in records:
+        if record.alive:
+            of_kind.setdefault(record.info.kind, [0, 0])[1] += 1
+    for record in dead:
+        of_kind[record.info.kind][0] += 1
+    return {k for k, (gone, all_) in of_kind.items() if gone >= BRAKE_COUNT and gone > BRAKE_SHARE * all_}
