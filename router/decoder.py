@@ -14,6 +14,7 @@ from kernels.linear import Backend, PackedLinear
 from kernels.rms_norm import RMSNorm, new_stream
 from kernels.tensors import as_tensor
 from moering.checkpoint import Checkpoint
+from moering.errors import CheckpointError
 from router.attention import Attention, rotary_table
 from router.attention_plan import SequenceChunk, plan_attention
 from router.gate import Gate
@@ -22,6 +23,7 @@ from router.micro_batch import MicroBatch
 from router.model_config import MoEModelConfig
 
 _ATTENTION_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_HEAD = "lm_head.weight"
 _HEAD_NORMS = ("q_norm", "k_norm")
 
 
@@ -51,10 +53,18 @@ class Decoder:
         self._embeddings = _load(checkpoint, "model.embed_tokens.weight")
         self._layers = [_Layer(checkpoint, config, index, backend) for index in range(config.num_layers)]
         self._final_norm = RMSNorm(_load(checkpoint, "model.norm.weight"), config.rms_norm_eps)
-        head = self._embeddings if config.tied_embeddings else _load(checkpoint, "lm_head.weight")
-        self._head = PackedLinear(head, backend)
+        self._head = PackedLinear(self._head_weight(checkpoint), backend)
         capacity = kv_cache.num_blocks * kv_cache.block_size
         self._rotary = rotary_table(config, min(config.max_positions, capacity))
+
+    def _head_weight(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """The embeddings where the checkpoint ties and stores none; a stored head counts, as in transformers."""
+        if self.config.tied_embeddings and _HEAD not in checkpoint.names():
+            return self._embeddings
+        head = _load(checkpoint, _HEAD)
+        if head.shape != self._embeddings.shape:
+            raise CheckpointError(f"{checkpoint.path}: tensor {_HEAD} has shape {list(head.shape)}")
+        return head
 
     def start(self, token_ids: list[int], chunks: Sequence[SequenceChunk]) -> MicroBatch:
         """A micro-batch before its first layer. `token_ids` are those of all chunks, one chunk after the other."""
