@@ -16,7 +16,7 @@ from moering.process import run_main
 
 def run(config: Config) -> int:
     """Serve until told to stop."""
-    if not config.model:
+    if not config.checkpoint:
         raise ConfigError("the checkpoint's directory is missing")
     if not config.join:
         raise ConfigError("--join is missing: the coordinator's address")

@@ -11,9 +11,7 @@ from moering.config import option
 class Config:
     """moering gateway: the OpenAI-compatible HTTP front end."""
 
-    model: str = option(
-        "", "checkpoint directory: tokenizer and configuration are read, weights are not", positional=True
-    )
+    checkpoint: str = option("", "directory of the checkpoint: tokenizer and configuration are read, weights are not")
     served_model_name: str = option("", "name that clients use for the model (default: the directory's name)")
     join: str = option("", "zmq address of the coordinator")
     id: str = option("gateway-0", "name of this process, stable over restarts")

@@ -1,6 +1,7 @@
 """One connection to one incarnation of a router. The socket is read from the event loop, without zmq.asyncio.
 
-libzmq's descriptor is edge-triggered: after it fires, and after every send, the socket must be read until empty.
+libzmq's descriptor is edge-triggered and fires only for a socket that was found empty before: each socket is read until
+empty at the start, whenever its descriptor fires, and after every send.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class RouterLink:
         self._fds = (int(self._socket.fd), int(self._monitor.fd))
         self._loop.add_reader(self._fds[0], self._read)
         self._loop.add_reader(self._fds[1], self._read_monitor)
+        self._loop.call_soon(self._read_monitor)
         self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._fail, TimeoutError("no answer to hello"))
         self._socket.connect(address)
         self.send(hello)

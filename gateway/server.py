@@ -34,7 +34,7 @@ async def serve(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; the exit status."""
     stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     _handle_signals(lambda: _resolve(stop, 0))
-    model = load_model(config.model, config.served_model_name, config.max_model_len_tokens)
+    model = load_model(config.checkpoint, config.served_model_name, config.max_model_len_tokens)
     async with running(config, model) as services, joined(services, on_refused=lambda: _resolve(stop, 1)):
         logger.info("serving %s at %s", model.name, services.own.address)
         status = await stop

@@ -87,7 +87,7 @@ async def gateway(model: Model, *routers: FakeRouter, **options: Any) -> AsyncIt
     """A gateway that is connected to `routers`, which it kills in the end."""
     config = Config(**{"port": 0, "drain_timeout_s": 5.0, **options})
     try:
-        async with running(config, model) as services, aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession() as session, running(config, model) as services:
             g = Gateway(services, session)
             if routers:
                 g.show(*routers)
