@@ -61,6 +61,7 @@ class Policy:
     healthy_s: float = 60.0  # a child that lived this long starts again without a delay
     max_failed_starts: int = 3  # deaths in a row of a child that was never ready: give up
     stop_s: float = 30.0  # for each kind at a stop, then SIGKILL
+    same_request_s: float = 1.0  # stop requests this close are one: `make` and `timeout` pass on what a group gets too
 
     def delay_s(self, deaths: int) -> float:
         """Seconds to wait after the `deaths`-th death in a row, counted from 1."""
@@ -102,7 +103,9 @@ class Supervisor:
     ) -> None:
         self._children = [_Child(c) for c in commands]
         self._stop_order, self._on_exit, self._policy = stop_order, on_exit, policy
-        self._stop_requests = 0
+        self._stop_from: float | None = None  # time.monotonic() of the first stop request
+        self._ending = False  # from now on SIGKILL
+        self.killed = False  # whether a second one cut the first short
         self._stop_requested = asyncio.Event()
         self._launcher_fd, self._launcher_pipe = os.pipe()
 
@@ -120,16 +123,14 @@ class Supervisor:
             os.close(self._launcher_fd)
 
     def stop(self) -> None:
-        """Begin to stop; a second call kills what is left."""
-        self._stop_requests += 1
-        self._stop_requested.set()
-        if self.killed:
+        """Begin to stop; a second call, from `Policy.same_request_s` later on, kills what is left."""
+        now = time.monotonic()
+        if self._stop_from is None:
+            self._stop_from = now
+            self._stop_requested.set()
+        elif now - self._stop_from >= self._policy.same_request_s:
+            self.killed = True
             self._kill()
-
-    @property
-    def killed(self) -> bool:
-        """Whether `stop` was called twice."""
-        return self._stop_requests > 1
 
     def mark_ready(self) -> None:
         """All children work together: from now on a death is answered by a restart, however often it happens."""
@@ -137,6 +138,7 @@ class Supervisor:
             child.was_ready = True
 
     def _kill(self) -> None:
+        self._ending = True
         for child in self._children:
             child.stopping.set()
             child.signal(signal.SIGKILL)
@@ -185,7 +187,7 @@ class Supervisor:
         )
         logger.info("started %s (pid %d)", child.command.id, child.process.pid)
         if child.stopping.is_set():  # asked for while the process was being started
-            child.signal(signal.SIGTERM if self._stop_requests == 1 else signal.SIGKILL)
+            child.signal(signal.SIGKILL if self._ending else signal.SIGTERM)
         return child.process
 
     def _give_up_if_hopeless(self, child: _Child, exit: Exit) -> None:

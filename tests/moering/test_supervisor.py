@@ -16,7 +16,7 @@ import pytest
 from moering.supervisor import Command, Exit, Policy, StartFailed, Supervisor
 from tests.moering.stubs import DEADLINE_S, Mailbox, stub
 
-AT_ONCE = Policy(first_delay_s=0.0)
+AT_ONCE = Policy(first_delay_s=0.0, same_request_s=0.0)
 
 
 class Running:
@@ -104,7 +104,9 @@ def test_restart_delays_grow_to_a_limit() -> None:
 
 
 def test_the_second_death_in_a_row_waits(mailbox: Mailbox) -> None:
-    with supervised(stub(mailbox.directory, "a"), policy=Policy(first_delay_s=DEADLINE_S, max_delay_s=1e6)) as running:
+    with supervised(
+        stub(mailbox.directory, "a"), policy=replace(AT_ONCE, first_delay_s=DEADLINE_S, max_delay_s=1e6)
+    ) as running:
         for _ in range(2):
             os.kill(mailbox.started()["a"][1], signal.SIGKILL)
             running.exits.get(timeout=DEADLINE_S)
@@ -114,7 +116,7 @@ def test_the_second_death_in_a_row_waits(mailbox: Mailbox) -> None:
 
 
 def test_a_long_life_is_forgiven(mailbox: Mailbox) -> None:
-    every_life_is_long = Policy(first_delay_s=1e6, max_delay_s=1e6, healthy_s=0.0, max_failed_starts=2)
+    every_life_is_long = replace(AT_ONCE, first_delay_s=1e6, max_delay_s=1e6, healthy_s=0.0, max_failed_starts=2)
     with supervised(stub(mailbox.directory, "a"), policy=every_life_is_long):
         for start in range(4):
             number, pid = mailbox.started()["a"]
@@ -157,8 +159,19 @@ def test_a_second_stop_kills(mailbox: Mailbox) -> None:
     assert [running.exits.get_nowait().code for _ in range(2)] == [-signal.SIGKILL] * 2
 
 
+def test_a_signal_that_arrives_twice_is_one_request(mailbox: Mailbox) -> None:
+    one_request = replace(AT_ONCE, same_request_s=1e6)
+    with supervised(stub(mailbox.directory, "a"), policy=one_request) as running:
+        mailbox.started()
+        running.stop()
+        running.stop()
+        running.join()
+    assert not running.supervisor.killed
+    assert mailbox.rest() == [("a", "told to stop"), ("a", "ends")]
+
+
 def test_a_process_that_does_not_stop_in_time_is_killed(mailbox: Mailbox) -> None:
-    with supervised(stub(mailbox.directory, "a", behaviour="stubborn"), policy=Policy(stop_s=0.1)) as running:
+    with supervised(stub(mailbox.directory, "a", behaviour="stubborn"), policy=replace(AT_ONCE, stop_s=0.1)) as running:
         mailbox.started()
         running.stop()
         running.join()
