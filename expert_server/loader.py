@@ -67,7 +67,7 @@ class Loader:
     def _load_all(self, view: View, missing: list[Key], orphans: set[Key], gently: bool) -> bool:
         started = reported = time.monotonic()
         for n, key in enumerate(missing, 1):
-            if self._view is not view:
+            if self._is_outdated(view, orphans):
                 self._report()
                 return False
             begun = time.monotonic()
@@ -82,6 +82,14 @@ class Loader:
         if missing:
             logger.info("loaded %d experts in %.1f s", len(missing), time.monotonic() - started)
         return True
+
+    def _is_outdated(self, view: View, orphans: set[Key]) -> bool:
+        """Whether a newer view asks for something else, or for something else first."""
+        newest = self._view
+        if newest is None or newest is view:
+            return False
+        wanted, new_orphans = targets(newest, self._server_id)
+        return wanted != targets(view, self._server_id)[0] or not new_orphans <= orphans
 
 
 def targets(view: View, server_id: str) -> tuple[dict[Key, None], set[Key]]:

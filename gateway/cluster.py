@@ -21,7 +21,7 @@ class Cluster:
         self.view = view
         self.covered = self.covered or all_routed(view)
 
-    def status(self, own: MemberInfo) -> dict[str, Any]:
+    def status(self, own: MemberInfo, router_counters: dict[str, float]) -> dict[str, Any]:
         """The JSON of `moering status`; `own` is this process as it sees itself, now."""
         view = self.view
         members = [] if view is None else view.members
@@ -30,6 +30,7 @@ class Cluster:
             "epoch": 0 if view is None else view.epoch,
             "processes": [_process(m) for m in [own, *others]],
             "failures_survivable": -1 if view is None else view.failures_survivable,
+            "router_counters": router_counters,
         }
 
     def gauges(self) -> dict[str, float]:

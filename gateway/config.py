@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
 from moering.config import option
@@ -14,7 +15,7 @@ class Config:
     checkpoint: str = option("", "directory of the checkpoint: tokenizer and configuration are read, weights are not")
     served_model_name: str = option("", "name that clients use for the model (default: the directory's name)")
     join: str = option("", "zmq address of the coordinator")
-    id: str = option("gateway-0", "name of this process, stable over restarts")
+    id: str = option("", "name that stays over restarts; default: gateway- and the host name")
     zone: str = option("", "failure domain of this process")
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "TCP port to listen on; 0 lets the system choose")
@@ -26,3 +27,8 @@ class Config:
     stall_timeout_s: float = option(30.0, "a client that reads nothing for this long is cut off")
     drain_timeout_s: float = option(30.0, "time that running requests get after SIGTERM")
     log_interval_s: float = option(10.0, "one log line with the load this often while there is load")
+
+    @property
+    def server_id(self) -> str:
+        """`id`, or its default."""
+        return self.id or f"gateway-{socket.gethostname()}"

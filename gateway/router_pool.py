@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ from gateway.journal import Journal, Record
 from gateway.router_link import RouterLink
 from moering import transport
 from moering.errors import HandshakeError
-from moering.protocol import Abort, Failed, Hello, MemberInfo, Tokens
+from moering.protocol import Abort, Failed, Hello, MemberInfo, RouterStats, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class RouterPool:
         self._timers: dict[Record, asyncio.TimerHandle] = {}
         self._held: dict[Record, None] = {}  # an ordered set: first come, first served
         self._sockets = itertools.count(1)
+        self.stats: dict[str, RouterStats] = {}  # the last of each router, by server id
         self.failovers = 0  # submissions that continued on another router or another connection
 
     def update(self, members: Iterable[MemberInfo]) -> None:
@@ -56,6 +58,13 @@ class RouterPool:
             if key not in self._keepers:
                 self._keepers[key] = asyncio.create_task(self._keep(key, member), name=f"router-{key[0]}")
         self._submit_held()
+
+    def router_counters(self) -> dict[str, float]:
+        """The counters of all routers, summed up."""
+        total: Counter[str] = Counter()
+        for stats in self.stats.values():
+            total.update(stats.counters)  # floats add up as well
+        return dict(total)
 
     @property
     def connected(self) -> int:
@@ -93,8 +102,9 @@ class RouterPool:
         for keeper in keepers:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
-        for key in list(self._links):
-            self._drop(key)
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
 
     # --- records -----------------------------------------------------------------------------------------------------
 
@@ -152,6 +162,8 @@ class RouterPool:
             ended = self._journal.take_failed(message)
             if ended is not None:
                 self._forget(ended)
+        elif isinstance(message, RouterStats):
+            self.stats[message.server_id] = message
         else:
             logger.warning("dropped an unexpected %s message from a router", message.KIND)
 

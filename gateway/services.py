@@ -73,6 +73,7 @@ def make_services(config: Config, model: Model, own: MemberInfo) -> Services:
             "failovers": pool.failovers,
             "dropped_tokens": journal.dropped_tokens,
             "stalled_clients": guard.cut_count,
+            **{f"router_{name}": value for name, value in pool.router_counters().items()},
         },
     )
     return Services(config, own, model, journal, pool, cluster, metrics, guard)

@@ -221,10 +221,11 @@ class Tokens:
 @_message("router_stats")
 @dataclass(frozen=True, slots=True)
 class RouterStats:
-    """What a router counts since its start and its gauges of now, for its gateways to show. Sent every second."""
+    """What a router counts since its start, and its gauges of now, for its gateways to show. Sent every second."""
 
     server_id: str
-    values: dict[str, float]
+    counters: dict[str, float]
+    gauges: dict[str, float]
 
 
 # --- member ⇄ coordinator --------------------------------------------------------------------------------------------

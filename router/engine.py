@@ -60,7 +60,7 @@ class Engine:
         self._parked: set[Flight] = set()
         self.view: View | None = None  # the one that routes
         self.progress = 0
-        self.forwards = self.forward_rows = self.forwards_landed = 0
+        self.forwards = self.forward_rows = self.forwards_dropped = 0
         self.loads = np.zeros((0, 0), np.float32)  # tokens per expert since a lease last took them
 
     # --- from other threads ---
@@ -80,18 +80,24 @@ class Engine:
         """Requests that run or wait."""
         return len(self._scheduler.waiting) + len(self._scheduler.running)
 
-    def stats(self) -> dict[str, float]:
-        """Counters since the start, and gauges of now."""
-        s = self._scheduler
+    def counters(self) -> dict[str, float]:
+        """Counts since the start."""
         return {
-            "num_requests_running": len(s.running),
-            "num_requests_waiting": len(s.waiting),
-            "requests_parked": sum(len(f.items) for f in self._parked),
-            "preemptions": s.num_preemptions,
-            "forwards": self.forwards,
-            "forwards_landed": self.forwards_landed,
-            "forward_rows": self.forward_rows,
             **dataclasses.asdict(self._exchange.dispatcher.counters),
+            "forwards": self.forwards,
+            "forward_rows": self.forward_rows,
+            "forwards_dropped": self.forwards_dropped,
+            "preemptions": self._scheduler.num_preemptions,
+            "tokens_recomputed": self._scheduler.tokens_recomputed,
+        }
+
+    def gauges(self) -> dict[str, float]:
+        """The state of now."""
+        return {
+            "requests_running": len(self._scheduler.running),
+            "requests_waiting": len(self._scheduler.waiting),
+            "requests_parked": sum(len(f.items) for f in self._parked),
+            "forwards_in_flight": len(self._flights) + len(self._parked),
         }
 
     # --- the loop ---
@@ -138,7 +144,7 @@ class Engine:
         self._next_look_s = now + IDLE_POLL_MS / 1000
         if now >= self._next_report_s:
             self._next_report_s = now + REPORT_S
-            self._frontend.report(self.stats())
+            self._frontend.report(self.counters(), self.gauges())
         self._exchange.connect_missing()
         for sequence in self._scheduler.expired(now):
             self._fail(sequence, "timeout", "the request's deadline has passed")
@@ -192,7 +198,6 @@ class Engine:
     def _land(self, flight: Flight) -> None:
         """The last layer is done: sample, report, and free what has ended."""
         self._flights.discard(flight)
-        self.forwards_landed += 1
         chunks = self._scheduler.complete(flight.items)
         if chunks:
             sequences = [chunk.sequence for chunk in chunks]
@@ -254,6 +259,7 @@ class Engine:
         if all(s.status is Status.FINISHED for s in flight.sequences):
             self._parked.discard(flight)
             self._scheduler.complete(flight.items)
+            self.forwards_dropped += 1
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> None:
         """End a request with an error, once. In flight, its rows go on as tombstones."""

@@ -53,10 +53,10 @@ class Frontend:
             self._send(gateway, Tokens(tokens))
         self._tokens.clear()
 
-    def report(self, values: dict[str, float]) -> None:
+    def report(self, counters: dict[str, float], gauges: dict[str, float]) -> None:
         """Send the router's figures to all gateways."""
         for gateway in list(self._gateways):
-            self._send(gateway, RouterStats(self._welcome.server_id, values))
+            self._send(gateway, RouterStats(self._welcome.server_id, counters, gauges))
 
     def fail(self, gateway: bytes, request_id: str, attempt: int, code: str, message: str) -> None:
         """End a request with an error, after the tokens it already has."""

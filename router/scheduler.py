@@ -81,6 +81,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # both by arrival
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.tokens_recomputed = 0  # after a preemption, and of requests that began on another router
         self.cost = cost
         self._blocks = block_manager
         self._num_blocks = block_manager.free_blocks
@@ -104,6 +105,7 @@ class Scheduler:
             sequence.arrival = self._arrivals
             self._alive[key] = sequence
             self.waiting.append(sequence)
+            self.tokens_recomputed += sequence.num_tokens if sequence.output else 0
         return refusal
 
     def abort(self, request_id: str, attempt: int) -> Sequence | None:
@@ -224,6 +226,7 @@ class Scheduler:
             "out of KV blocks: request %s will compute %d tokens again", sequence.request_id, sequence.num_computed
         )
         self.num_preemptions += 1
+        self.tokens_recomputed += sequence.num_computed
         self._release(sequence)
         sequence.num_computed = 0
         sequence.status = Status.WAITING
