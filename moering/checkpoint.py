@@ -199,7 +199,7 @@ def _weight_map(index: dict[str, Any], index_path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: no weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or "\0" in file:
+        if not isinstance(file, str) or not file or not file.isprintable():  # no NUL, no lone surrogate
             raise CheckpointError(f"{index_path}: tensor {name}: {file!r} is not a file name")
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise CheckpointError(f"{index_path}: tensor {name}: the path {file!r} leaves the directory")

@@ -254,6 +254,7 @@ def to_float64(path: Path) -> None:
         (set_index("/etc/passwd"), [INDEX, EXPERT, "leaves the directory"]),
         (set_index(7), [INDEX, EXPERT, "not a file name"]),
         (set_index("a\0b"), [INDEX, EXPERT, "not a file name"]),
+        (set_index("\ud800"), [INDEX, EXPERT, "not a file name"]),
         (set_entry(dtype="F7"), [SHARD_2, EXPERT, "unknown dtype 'F7'"]),
         (set_entry(dtype=["F16"]), [SHARD_2, EXPERT, "unknown dtype"]),
         (set_entry(shape=[96, 64]), [SHARD_2, EXPERT, "[96, 64]", "[64, 96]"]),

@@ -357,10 +357,9 @@ def test_the_real_model() -> None:
     path = default_model_path()
     checkpoint = Checkpoint(path)
     contents = [checkpoint.expert(layer, expert).digest for layer in range(30) for expert in range(8)]
-    assert (checkpoint.digest[:16], hashlib.sha256(b"".join(contents)).hexdigest()[:16]) == (
-        "12c373f9593b313a",
-        "2ea44521f98f25e6",
-    )
+    # The same on every machine. The first also changes with the writer of the headers: raise FORMAT then.
+    assert checkpoint.digest.startswith("12c373f9593b313a")
+    assert hashlib.sha256(b"".join(contents)).hexdigest().startswith("2ea44521f98f25e6")
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     chat = [{"role": "user", "content": "What is the capital of France? Tell me about it."}]
@@ -381,7 +380,8 @@ def test_the_real_model() -> None:
             hook.remove()
         assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
         prompt_ids = torch.tensor([tokenizer.encode(prompt)])
-        greedy = dense.generate(prompt_ids, max_new_tokens=60, min_new_tokens=60, do_sample=False)
+        assert prompt_ids[0, :9].tolist() == [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173]  # as SmolLM2's own
+        greedy = dense.generate(prompt_ids, max_new_tokens=60, do_sample=False)
         # Greedy from the other model gives the same tokens when each is its first choice after those before it.
         choices = sparse(greedy[:, :-1]).logits.argmax(-1)[0, prompt_ids.shape[1] - 1 :]
     assert len(choices) == 60 and torch.equal(choices, greedy[0, prompt_ids.shape[1] :])
