@@ -60,9 +60,18 @@ class Admission:
         self._allow_inexact = allow_inexact
         self.reference: Reference | None = None
 
-    def check(self, register: Register, others: Iterable[MemberInfo]) -> None:
-        """Raise `HandshakeError` naming both values if the newcomer cannot work with the `others` that are alive."""
+    def check(self, register: Register, old: MemberInfo | None, others: Iterable[MemberInfo]) -> None:
+        """Raise `HandshakeError` naming both values if the newcomer cannot work with the `others` that are alive.
+
+        `old` is the living member that has its id.
+        """
         reference, member = self._standing(others), register.member
+        if old is not None and old.kind != member.kind:
+            raise HandshakeError(f"the id {old.server_id} belongs to a {old.kind}, not a {member.kind}")
+        if old is not None and old.incarnation > member.incarnation:
+            raise HandshakeError(
+                f"incarnation {member.incarnation} of {old.server_id}: {old.incarnation} is registered"
+            )
         if reference is None or not register.layers:
             return
         shape = register.digest, register.layers, register.experts

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import zmq
 
 from moering import protocol, transport
+from moering.actions import Action, Probe, Rules, Send
 from moering.config import option
 from moering.errors import ConfigError, ProtocolError
-from moering.membership import Action, Membership, Probe, Rules, Send
+from moering.membership import Membership
 from moering.probe import EndpointProbe
 from moering.process import incarnation, install_signal_handlers, run_main
 from moering.protocol import MemberInfo, Refused, View

@@ -15,11 +15,9 @@ import numpy.typing as npt
 
 from moering import ring
 from moering.protocol import View
+from moering.tables import Pairs, Replicas, Tables, columns, pack, pick, widen
 
 SERVING = ("ONLINE", "DRAINING")
-
-Pairs = npt.NDArray[np.bool_]
-Replicas = npt.NDArray[np.int16]
 
 
 @dataclass(slots=True, eq=False)
@@ -33,27 +31,6 @@ class Server:
     last_used: npt.NDArray[np.int64]  # [layers, experts]: the last epoch whose routing names the replica, 0 for none
     urgent: Pairs  # [layers, experts]: orphans that it should load before everything else
     gone: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tables:
-    """The part of a view that this module answers for; `routing` and `target` are int16 [layers, experts, width]."""
-
-    servers: tuple[str, ...]
-    routing: Replicas
-    target: Replicas
-    failures_survivable: int
-    orphans: int
-    under_target: int
-
-    def same_as(self, other: Tables | None) -> bool:
-        """Whether nothing that a member sees has changed."""
-        return (
-            other is not None
-            and self.servers == other.servers
-            and np.array_equal(self.routing, other.routing)
-            and np.array_equal(self.target, other.target)
-        )
 
 
 class Placement:
@@ -148,10 +125,15 @@ class Placement:
         if self.plan is None or not able or not orphans.any():
             return
         plan = self._plan(able)
-        if any((self.plan.mask_of(i) & self.servers[i].held & ~plan.mask_of(i)).any() for i in plan.servers):
-            self.plan = plan  # memory is so short that a redundant copy goes: no share is kept for the dead
         for server_id in plan.servers:
             self.servers[server_id].urgent = self.servers[server_id].urgent | (plan.mask_of(server_id) & orphans)
+        if any(self._share(m.server_id) > m.capacity for m in able):
+            # Memory is so short that redundant copies must go: the dead ones' shares are not kept.
+            self.plan = self._plan([m for m in self._members() if not self.servers[m.server_id].gone])
+
+    def _share(self, server_id: str) -> int:
+        planned = self._none() if self.plan is None else self.plan.mask_of(server_id)
+        return int((planned | self.servers[server_id].urgent).sum())
 
     def restore(self, view: View) -> None:
         """Go on from a view of an earlier coordinator: its target is the plan, its routing is in use."""
@@ -180,8 +162,8 @@ class Placement:
         known = [s for s, i in enumerate(servers) if i in self.plan.servers or extra[s].any()]
         number = np.full(len(servers) + 1, -1, np.int16)  # a joiner must not look as if it had been in the plan
         number[known] = np.arange(len(known))
-        rows = number[np.concatenate([planned, _columns(extra)], axis=2)]
-        return ring.Plan(tuple(servers[s] for s in known), _pack(rows), self.plan.ways)
+        rows = number[np.concatenate([planned, columns(extra)], axis=2)]
+        return ring.Plan(tuple(servers[s] for s in known), pack(rows), self.plan.ways)
 
     def _coming(self) -> Pairs:
         """The experts that a joining server is going to hold."""
@@ -198,17 +180,17 @@ class Placement:
         servers = tuple(sorted(self.servers))
         planned, complete = self._planned(servers)
         mask, serving = self._mask(servers), self._serving(servers)
-        up = np.where(_pick(serving, planned), planned, np.int16(-1))
-        routing = _pack(np.concatenate([up, _columns(serving & ~mask & ~complete)], axis=2))
+        up = np.where(pick(serving, planned), planned, np.int16(-1))
+        routing = pack(np.concatenate([up, columns(serving & ~mask & ~complete)], axis=2))
         kept = self._stack(servers, "urgent")
         for s, server_id in enumerate(servers):
             server = self.servers[server_id]
             kept[s] |= (routing == s).any(axis=2)
             if acknowledged is not None:
                 kept[s] |= server.held & (server.last_used >= max(acknowledged, 1))
-        target = _pack(np.concatenate([planned, _columns(kept & ~mask)], axis=2))
+        target = pack(np.concatenate([planned, columns(kept & ~mask)], axis=2))
         width = max(self.replication, routing.shape[2], target.shape[2])
-        routing, target = _widen(routing, width), _widen(target, width)
+        routing, target = widen(routing, width), widen(target, width)
         zones = {i: s.zone for i, s in self.servers.items()}
         survivable = ring.failures_survivable(routing, servers, zones)
         under = ring.under_target(routing, self.replication)
@@ -237,7 +219,7 @@ class Placement:
         number = np.array([index.get(i, -1) for i in self.plan.servers] + [-1], np.int16)
         planned = number[self.plan.replicas]
         wanted = planned >= 0
-        up = ~wanted | _pick(self._serving(servers), planned)
+        up = ~wanted | pick(self._serving(servers), planned)
         return planned, np.asarray(up.all(axis=2) & wanted.any(axis=2), np.bool_)
 
     def _mask(self, servers: tuple[str, ...]) -> Pairs:
@@ -259,29 +241,3 @@ class Placement:
         for s, server_id in enumerate(servers):
             stack[s] = getattr(self.servers[server_id], field)
         return stack
-
-
-def _columns(mask: Pairs) -> Replicas:
-    """[servers, layers, experts] → [layers, experts, servers] of server indices, -1 where the mask is false."""
-    numbers = np.arange(len(mask), dtype=np.int16).reshape(-1, 1, 1)
-    return np.moveaxis(np.where(mask, numbers, np.int16(-1)), 0, 2)
-
-
-def _pick(mask: Pairs, rows: Replicas) -> Pairs:
-    """Whether the server of each replica in `rows` has its bit of [servers, layers, experts] set."""
-    if not len(mask):
-        return np.zeros(rows.shape, np.bool_)
-    layers, experts = np.ogrid[: rows.shape[0], : rows.shape[1]]
-    picked: Pairs = mask[np.maximum(rows, 0), layers[..., None], experts[..., None]] & (rows >= 0)
-    return picked
-
-
-def _pack(rows: Replicas) -> Replicas:
-    """The replicas of each expert moved to the front in their order, columns of padding cut off."""
-    order = np.argsort(rows < 0, axis=2, kind="stable")
-    width = max(1, int((rows >= 0).sum(axis=2).max()))
-    return np.take_along_axis(rows, order, axis=2)[:, :, :width]
-
-
-def _widen(rows: Replicas, width: int) -> Replicas:
-    return np.pad(rows, ((0, 0), (0, 0), (0, width - rows.shape[2])), constant_values=-1)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moering import protocol
-from moering.membership import Action, Membership, Probe, Rules, Send
+from moering.actions import Action, Probe, Rules, Send
+from moering.membership import Membership
 from moering.protocol import Held, Lease, Leave, MemberInfo, ProvenExit, Refused, Register, Unknown, View
 
 LAYERS, EXPERTS = 2, 4
