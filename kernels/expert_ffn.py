@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from kernels.linear import Backend, PackedLinear
 from kernels.threads import one_thread
 
-SILU_MULTIPLE = 32  # silu's vector loop: a shorter tail of a row goes another way and gets other bits
 PROBE_ROWS = (1, 2, 5, 64)
 
 
@@ -22,8 +21,6 @@ class ExpertFFN:
         """Take gate and up [intermediate, hidden] and down [hidden, intermediate], in fp32, fp16 or bf16."""
         if gate.shape != up.shape or down.shape != gate.shape[::-1]:
             raise ValueError(f"gate {list(gate.shape)}, up {list(up.shape)} and down {list(down.shape)} do not match")
-        missing = -gate.shape[0] % SILU_MULTIPLE
-        gate, up, down = F.pad(gate, (0, 0, 0, missing)), F.pad(up, (0, 0, 0, missing)), F.pad(down, (0, missing))
         self._inter = gate.shape[0]
         self._w13 = PackedLinear(torch.cat((gate, up)), backend)
         self._w2 = PackedLinear(down, backend)
@@ -33,7 +30,9 @@ class ExpertFFN:
         """[n, hidden] float32 → [n, hidden] float32."""
         both = self._w13(x)
         gate, up = both.narrow(1, 0, self._inter), both.narrow(1, self._inter, self._inter)
-        with one_thread():  # threads would cut rows into pieces that are no multiple of SILU_MULTIPLE
+        # silu's bits depend on where its vector loop ends. As a slice the gate's rows are walked one by one, each with
+        # the same end; threads would cut within rows
+        with one_thread():
             activated = torch.mul(F.silu(gate, inplace=True), up)
         return self._w2(activated)
 
