@@ -17,9 +17,9 @@ from moering.process import run_main
 def run(config: Config) -> int:
     """Serve until told to stop."""
     if not config.checkpoint:
-        raise ConfigError("the checkpoint's directory is missing")
+        raise ConfigError("--checkpoint is needed")
     if not config.join:
-        raise ConfigError("--join is missing: the coordinator's address")
+        raise ConfigError("--join is needed: the coordinator's address")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(config))
 

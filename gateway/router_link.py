@@ -115,7 +115,8 @@ class RouterLink:
             return
         if isinstance(message, Refused):
             text = f"refused: {message.reason}"
-            self._fail(HandshakeError(text) if message.fatal else ConnectionError(text))
+            for_good = message.fatal and not self.welcomed
+            self._fail(HandshakeError(text) if for_good else ConnectionError(text))
         elif not isinstance(message, Welcome):
             self._on_message(message)
         elif message.incarnation != self.member.incarnation:

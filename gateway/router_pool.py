@@ -61,10 +61,20 @@ class RouterPool:
 
     def router_counters(self) -> dict[str, float]:
         """The counters of all routers, summed up."""
-        total: Counter[str] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
         for stats in self.stats.values():
-            total.update(stats.counters)  # floats add up as well
+            for name, value in stats.counters.items():
+                total[name] += value
         return dict(total)
+
+    def router_gauges(self) -> dict[str, float]:
+        """Of each gauge the largest value among the living routers: the fullest cache, the longest queue."""
+        alive = {server_id for server_id, _ in self._members}
+        largest: dict[str, float] = {}
+        for stats in (s for server_id, s in self.stats.items() if server_id in alive):
+            for name, value in stats.gauges.items():
+                largest[name] = max(value, largest.get(name, value))
+        return largest
 
     @property
     def connected(self) -> int:

@@ -83,7 +83,9 @@ def listen(host: str, port: int) -> socket.socket:
 def _own(config: Config, port: int) -> MemberInfo:
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{port}"
-    return MemberInfo("gateway", config.server_id, process.incarnation(), address, os.getpid(), "JOINING", config.zone, 0, 0)
+    return MemberInfo(
+        "gateway", config.server_id, process.incarnation(), address, os.getpid(), "JOINING", config.zone, 0, 0
+    )
 
 
 def _handle_signals(on_stop: Callable[[], None]) -> None:

@@ -68,6 +68,7 @@ def make_services(config: Config, model: Model, own: MemberInfo) -> Services:
             "requests_held": pool.held,
             "routers_connected": pool.connected,
             **cluster.gauges(),
+            **{f"router_{name}": value for name, value in pool.router_gauges().items()},
         },
         counters=lambda: {
             "failovers": pool.failovers,

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+from moering.protocol import RouterStats
 from tests.gateway.fake_router import FakeRouter
 from tests.gateway.harness import gateway, in_thread, run
 
@@ -79,6 +80,23 @@ def test_status_shows_the_view_and_this_process(model):
                 "id": "router-0", "kind": "router", "pid": 1, "state": "ONLINE",
                 "incarnation": router.incarnation, "address": router.address, "experts": 0,
             }  # fmt: skip
+
+    run(main())
+
+
+def test_figures_of_the_routers_are_shown(model):
+    async def main():
+        routers = [FakeRouter(f"r{i}") for i in range(2)]
+        async with gateway(model, *routers) as g:
+            for router, rows in zip(routers, (3.0, 4.0), strict=True):
+                router.send(RouterStats(router.server_id, {"rows_resent": rows}, {"kv_cache_usage_perc": rows / 10}))
+            await g.until(lambda: len(g.services.pool.stats) == 2)
+            lines = (await g.get("/metrics"))[1].splitlines()
+            assert "moering_router_rows_resent_total 7.0" in lines
+            assert "moering_router_kv_cache_usage_perc 0.4" in lines
+            assert json.loads((await g.get("/admin/status"))[1])["router_counters"] == {"rows_resent": 7.0}
+            g.show(routers[0])
+            assert "moering_router_kv_cache_usage_perc 0.3" in (await g.get("/metrics"))[1].splitlines()
 
     run(main())
 

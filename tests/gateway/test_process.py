@@ -1,0 +1,106 @@
+"""`python -m gateway` as a real process, with a real coordinator."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.gateway.harness import run
+from tests.tiny import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", layers=1, experts=2)
+
+
+@pytest.fixture
+def coordinator(tmp_path):
+    address = f"ipc://{tmp_path}/c"
+    process = subprocess.Popen([sys.executable, "-m", "moering.coordinator", "--bind", address])
+    yield address
+    process.kill()
+    process.wait(10)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(*flags: str) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MOERING_")}
+    return subprocess.Popen([sys.executable, "-m", "gateway", *flags], stderr=subprocess.PIPE, text=True, env=env)
+
+
+async def get_json(session: aiohttp.ClientSession, url: str, done) -> dict:
+    """Ask until the process listens and the answer is as wanted."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                async with session.get(url) as response:
+                    if done(body := await response.json()):
+                        return body
+            except aiohttp.ClientConnectionError:
+                pass
+            await asyncio.sleep(0.02)
+
+
+def test_it_joins_serves_and_leaves_on_sigterm(checkpoint, coordinator):
+    port = free_port()
+    process = start("--checkpoint", str(checkpoint), "--join", coordinator, "--port", str(port), "--id", "g7")
+
+    async def main():
+        async with aiohttp.ClientSession() as session:
+            url = f"http://127.0.0.1:{port}"
+            assert await get_json(session, url + "/health", lambda b: True) == {"status": "ok"}
+            models = await get_json(session, url + "/v1/models", lambda b: True)
+            assert models["data"][0]["id"] == checkpoint.name
+            status = await get_json(session, url + "/admin/status", lambda b: b.get("epoch", 0) > 0)
+            own = status["processes"][0]
+            assert (own["id"], own["kind"], own["pid"], own["state"]) == ("g7", "gateway", process.pid, "JOINING")
+            async with session.post(url + "/v1/completions", json={"prompt": "a"}) as response:
+                assert response.status == 503 and "Retry-After" in response.headers
+
+    try:
+        run(main())
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+        assert process.returncode == 0, log
+        assert "Traceback" not in log and f"http://127.0.0.1:{port}" in log
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        ([], 2, "--checkpoint is needed"),
+        (["--checkpoint", "/nowhere"], 2, "--join is needed"),
+        (["--checkpoint", "/nowhere", "--join", "ipc:///tmp/none"], 1, "/nowhere is not a directory"),
+        (["--max-requests", "many"], 2, "max_requests"),
+    ],
+)
+def test_a_wrong_start_is_one_line(flags, status, message):
+    process = start(*flags)
+    _, log = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert message in log and "Traceback" not in log and len(log.splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_one_line(checkpoint):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = start("--checkpoint", str(checkpoint), "--join", "ipc:///tmp/none", "--port", str(port))
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in log and "Traceback" not in log
