@@ -230,7 +230,8 @@ class Membership:
         if self._replan or self.placement.plan is None:
             self._replan = False
             self.placement.replan()
-        self.placement.assign_orphans(self._doubtful)
+        self.placement.doubtful = self._doubtful
+        self.placement.assign_orphans()
 
     def _settled(self, now_s: float) -> bool:
         """Whether enough expert servers are here for the first plan."""

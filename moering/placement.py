@@ -41,6 +41,8 @@ class Placement:
         self.servers: dict[str, Server] = {}
         self.plan: ring.Plan | None = None
         self.popularity: npt.NDArray[np.float64] | None = None  # tokens per [layer, expert], for the next plan
+        self.doubtful: AbstractSet[str] = frozenset()
+        """Look dead without proof: theirs is loaded elsewhere too, but nothing is taken from them."""
         self._digests: npt.NDArray[np.uint64] = np.zeros((layers, experts), np.uint64)
         self._digest_known = self._none()
         self._was_served = self._none()
@@ -106,21 +108,19 @@ class Placement:
         """Plan anew for the servers that are here or awaited, starting from what is planned and held."""
         self.plan = self._plan(self._members())
 
-    def assign_orphans(self, doubtful: AbstractSet[str] = frozenset()) -> None:
+    def assign_orphans(self) -> None:
         """Give experts that no server serves to servers that are ONLINE, without waiting for the dead.
 
-        `doubtful` servers look dead without proof: theirs are loaded elsewhere too, but nothing is taken from them.
         An expert that was never served yet, as at the start, is left to the joining servers that it is planned for.
         """
         servers = tuple(sorted(self.servers))
-        sure = np.array([i not in doubtful for i in servers], np.bool_)
-        served = np.asarray(self._serving(servers)[sure].any(axis=0), np.bool_)
+        served = np.asarray((self._serving(servers) & self._sure(servers)).any(axis=0), np.bool_)
         urgent = self._none()
         for server in self.servers.values():
             server.urgent = server.urgent & ~served
             urgent = urgent | server.urgent
-        able = [m for m in self._members() if m.state == "ONLINE" and not self.servers[m.server_id].gone]
-        able = [m for m in able if m.server_id not in doubtful]
+        able = [m for m in self._members() if m.state == "ONLINE" and m.server_id not in self.doubtful]
+        able = [m for m in able if not self.servers[m.server_id].gone]
         orphans = ~served & ~urgent & (self._was_served | ~self._coming())
         if self.plan is None or not able or not orphans.any():
             return
@@ -212,14 +212,14 @@ class Placement:
         return np.zeros((self.layers, self.experts), np.bool_)
 
     def _planned(self, servers: tuple[str, ...]) -> tuple[Replicas, Pairs]:
-        """The plan's replicas as indices into `servers`, and which experts have all of theirs serving."""
+        """The plan's replicas as indices into `servers`, and which experts have all of theirs serving without doubt."""
         if self.plan is None:
             return np.full((self.layers, self.experts, 1), -1, np.int16), self._none()
         index = {i: n for n, i in enumerate(servers)}
         number = np.array([index.get(i, -1) for i in self.plan.servers] + [-1], np.int16)
         planned = number[self.plan.replicas]
         wanted = planned >= 0
-        up = ~wanted | pick(self._serving(servers), planned)
+        up = ~wanted | pick(self._serving(servers) & self._sure(servers), planned)
         return planned, np.asarray(up.all(axis=2) & wanted.any(axis=2), np.bool_)
 
     def _mask(self, servers: tuple[str, ...]) -> Pairs:
@@ -235,6 +235,9 @@ class Placement:
         held = self._stack(servers, "held")
         up = [not self.servers[i].gone and self.servers[i].state in SERVING for i in servers]
         return held & np.array(up, np.bool_).reshape(-1, 1, 1)
+
+    def _sure(self, servers: tuple[str, ...]) -> Pairs:
+        return np.array([i not in self.doubtful for i in servers], np.bool_).reshape(-1, 1, 1)
 
     def _stack(self, servers: tuple[str, ...], field: str) -> Pairs:
         stack = np.zeros((len(servers), self.layers, self.experts), np.bool_)
