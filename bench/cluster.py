@@ -63,6 +63,10 @@ class Status:
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise MoeringError(f"/admin/status holds no status: {type(e).__name__} {e}") from e
 
+    def grown_since(self, earlier: Status) -> dict[str, int]:
+        """By how much each counter grew."""
+        return {name: n - earlier.counters.get(name, 0) for name, n in self.counters.items()}
+
     def online(self, kind: str) -> list[Process]:
         """The processes of `kind` that serve."""
         return [p for p in self.processes.values() if p.kind == kind and p.state == "ONLINE"]

@@ -75,7 +75,7 @@ class Episode:
     @property
     def rerouted_s(self) -> float | None:
         """Routers counted a lost dispatch as sent again; None where the status has no such counter."""
-        return self._first(lambda s: self._grew("rows_resent", s) > 0)
+        return self._first(lambda s: s.grown_since(self.before).get("rows_resent", 0) > 0)
 
     @property
     def replaced_s(self) -> float | None:
@@ -100,7 +100,7 @@ class Episode:
     def counted(self) -> dict[str, int]:
         """By how much each counter of the routers grew, from before the kill to the end."""
         last = self.after[-1] if self.after else self.before
-        return {name: self._grew(name, last) for name in last.counters}
+        return last.grown_since(self.before)
 
     @property
     def hit(self) -> bool | None:
@@ -110,9 +110,6 @@ class Episode:
 
     def _first(self, condition: Callable[[Status], bool]) -> float | None:
         return next((s.at_s - self.start_s for s in self.after if condition(s)), None)
-
-    def _grew(self, counter: str, status: Status) -> int:
-        return status.counters.get(counter, 0) - self.before.counters.get(counter, 0)
 
     def _all_replaced(self, status: Status) -> bool:
         now = status.processes

@@ -32,6 +32,8 @@ from bench.workload import Lengths
 from moering.config import option, parse
 from moering.errors import ConfigError, MoeringError
 
+# Routers send their counters once a second.
+COUNTERS_S = 1.5
 _KINDS = ("expert-server", "router", "gateway", "coordinator")
 
 
@@ -48,7 +50,7 @@ class FaultConfig:
     kill: tuple[str, ...] = option(("expert-server",), f"kinds to kill in one fault, separated by commas: {_KINDS}")
     stagger: float = option(0.0, "seconds between the kills of one fault")
     times: int = option(20, "faults that must hit an outstanding dispatch where routers tell; 0 for a run without one")
-    calm: float = option(2.0, "seconds without a fault before each one")
+    calm: float = option(4.0, "seconds without a fault before each one")
     restore_timeout: float = option(60.0, "seconds within which the cluster must be as before")
     streams: int = option(8, "concurrent streams")
     requests: int = option(16, "distinct requests, repeated in turn")
@@ -96,9 +98,12 @@ async def run(config: FaultConfig) -> Run:
         bodies = fixed_requests(config.requests, model, prompt, output, config.ids_below(), config.seed)
         reference, reference_s = await _reference(session, url, bodies, config)
         clients = Streams(session, url, bodies, config.streams)
-        started_s = time.perf_counter()
+        before, started_s = await read_status(session, url), time.perf_counter()
         episodes = await _faults(clients, config)
-        return Run(reference, reference_s, clients.recorded, episodes, started_s, time.perf_counter())
+        ended_s = time.perf_counter()
+        await asyncio.sleep(COUNTERS_S)
+        counters = (await read_status(session, url)).grown_since(before)
+        return Run(reference, reference_s, clients.recorded, episodes, counters, started_s, ended_s)
 
 
 async def _reference(

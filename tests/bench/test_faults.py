@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 
+from bench.fault_report import only_resent
 from bench.faults import main
 from tests.bench.fake_cluster import Plant, Tokens, fake_cluster
+
+
+@pytest.fixture(autouse=True)
+def _counters_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake's counters are never late."""
+    monkeypatch.setattr("bench.faults.COUNTERS_S", 0.0)
 
 
 def bench(url: str, out: Path, *flags: str) -> tuple[int, dict[str, Any]]:
@@ -28,6 +35,7 @@ def test_a_clean_run(tmp_path: Path) -> None:
     assert account["requests"] >= 8 and account["tokens"] >= 20 * account["requests"]
     assert sum(account.values()) == account["requests"] + account["tokens"]  # all others are 0
     assert len(result["faults"]) == result["hits"] == 3
+    assert result["counters"] == {"dispatches_lost": 3, "rows_lost": 3, "rows_resent": 3, "tokens_recomputed": 0}
     for fault in result["faults"]:
         assert fault["streams"] == 4
         assert fault["counters"]["rows_lost"] == fault["counters"]["rows_resent"] == 1
@@ -65,6 +73,21 @@ def test_what_is_planted_is_found(plant: Plant, found: str, tmp_path: Path) -> N
     assert (status, result["kept"]) == (1, False)
     wrong = {name: n for name, n in result["account"].items() if n and name not in ("requests", "tokens")}
     assert wrong == {found: 1}
+
+
+@pytest.mark.parametrize(
+    ("counters", "kept"),
+    [
+        ({}, True),
+        ({"rows_lost": 7, "rows_resent": 7, "tokens_recomputed": 0}, True),
+        ({"rows_lost": 7, "rows_resent": 6}, False),
+        ({"rows_lost": 7, "rows_resent": 8}, False),
+        ({"tokens_recomputed": 1}, False),
+        ({"forwards_restarted": 1}, False),
+    ],
+)
+def test_only_what_was_lost_may_be_sent_again(counters: dict[str, int], kept: bool) -> None:
+    assert only_resent(counters) is kept
 
 
 def test_several_at_once_are_one_fault(tmp_path: Path) -> None:
