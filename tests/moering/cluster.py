@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -195,10 +196,20 @@ def servers(count: int, **fields: object) -> list[Member]:
     return [Member("expert-server", f"e{i}", state="JOINING", **fields) for i in range(count)]  # type: ignore[arg-type]
 
 
-def running(count: int = 3, routers: int = 1, capacity: int = 8, **rules: float) -> Cluster:
+C = TypeVar("C", bound=Cluster)
+
+
+def running(
+    count: int = 3,
+    routers: int = 1,
+    capacity: int = 8,
+    *,
+    kind: type[C] = Cluster,
+    **rules: float,  # type: ignore[assignment]
+) -> C:
     """A cluster that has come up: `count` expert servers, routers and a gateway."""
     others = [Member("router", f"r{i}") for i in range(routers)]
-    cluster = Cluster(
+    cluster = kind(
         *servers(count, capacity=capacity), *others, Member("gateway", "g0"), **{"expert_servers": count, **rules}
     )
     cluster.run(3.0)
