@@ -194,7 +194,7 @@ class Supervisor:
         refused = exit.code == USAGE_STATUS
         if child.was_ready or not (refused or child.deaths >= self._policy.max_failed_starts):
             return
-        times = "" if refused else f" for the {child.deaths}. time in a row"
+        times = "" if refused else f", {child.deaths} times in a row,"
         lines = b"".join(child.tail).decode(errors="replace").strip()
         raise StartFailed(f"{exit}{times} before it was ready. It said:\n{lines}")
 
