@@ -15,6 +15,7 @@ from gateway.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetoken
 from gateway.errors import bad_request
 from moering.errors import CheckpointError
 
+_NORMALIZER_SHRINKS = 4  # characters that a tokenizer's normalizer may make one of
 _TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -32,6 +33,7 @@ class Model:
     template: ChatTemplate | None
     pieces: list[bytes] | None  # of a byte-level vocabulary
     special_ids: frozenset[int]
+    max_prompt_chars: int  # a longer text has more tokens than fit the context, whatever it says
 
     def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
         """A fresh one for one choice."""
@@ -43,9 +45,11 @@ class Model:
     def encode(self, text: str, param: str, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`; a 400 for text that is not valid Unicode."""
         try:
-            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            # Unlike `encode`, this lets other threads run: with it a long prompt held up all streams for seconds.
+            encodings = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeError, TypeError) as e:  # lone surrogates, which JSON can carry
             raise bad_request(f"'{param}' is not valid Unicode text", param) from e
+        return list(encodings[0].ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token by itself, for log-probabilities."""
@@ -77,6 +81,7 @@ def load_model(path: str | Path, served_name: str = "", context_tokens: int = 0)
         template=_read_template(root),
         pieces=byte_pieces(tokenizer) if isinstance(tokenizer.decoder, ByteLevel) else None,
         special_ids=frozenset(special),
+        max_prompt_chars=(context_tokens or limit) * _longest_token_chars(tokenizer) * _NORMALIZER_SHRINKS,
     )
 
 
@@ -102,6 +107,10 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _longest_token_chars(tokenizer: Tokenizer) -> int:
+    return max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
 
 def _eos_ids(root: Path, config: dict[str, Any]) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ FLUSH_S = 2.0
 async def serve(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; the exit status."""
     stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    _handle_signals(lambda: _resolve(stop, 0))
+    handle_signals(lambda: _resolve(stop, 0))
     model = load_model(config.checkpoint, config.served_model_name, config.max_model_len_tokens)
     async with running(config, model) as services, joined(services, on_refused=lambda: _resolve(stop, 1)):
         logger.info("serving %s at %s", model.name, services.own.address)
@@ -88,7 +88,7 @@ def _own(config: Config, port: int) -> MemberInfo:
     )
 
 
-def _handle_signals(on_stop: Callable[[], None]) -> None:
+def handle_signals(on_stop: Callable[[], None]) -> None:
     """The first SIGTERM or SIGINT begins to drain, a second one ends the process at once."""
     received: list[int] = []
 

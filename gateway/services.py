@@ -42,7 +42,7 @@ class Services:
 
     def member(self) -> MemberInfo:
         """This process as others should see it now."""
-        state = "DRAINING" if self.cluster.draining else "ONLINE" if self.not_ready() is None else "JOINING"
+        state = "DRAINING" if self.cluster.draining else "ONLINE" if self.cluster.covered else "JOINING"
         return replace(self.own, state=state)
 
     def admit(self, choices: int) -> None:

@@ -12,8 +12,8 @@ from gateway.errors import ApiError, bad_request
 from gateway.fields import Body
 from gateway.model import Model
 
-_LARGE_BYTES = 256 << 10
-"""Parsing or tokenizing more than this takes milliseconds: not on the event loop, where all streams wait for it."""
+_SHORT_CHARS = 4096
+"""Tokenizing more than this takes milliseconds: not on the event loop, where all streams wait for it."""
 
 
 async def read_json(request: web.Request) -> Body:
@@ -22,7 +22,7 @@ async def read_json(request: web.Request) -> Body:
         raise ApiError(415, "the Content-Type must be application/json")
     data = await request.read()
     try:
-        body: Any = await _off_loop(len(data), json.loads, data)
+        body: Any = json.loads(data)
     except (ValueError, RecursionError) as e:
         raise bad_request("the request body is not valid JSON") from e
     if not isinstance(body, dict):
@@ -41,11 +41,14 @@ def check_model(body: Body, model: Model) -> None:
 
 
 async def encode(model: Model, text: str, param: str, add_special_tokens: bool) -> list[int]:
-    """Token ids of `text`; a long text is tokenized in a thread."""
-    return await _off_loop(len(text), model.encode, text, param, add_special_tokens)  # type: ignore[no-any-return]
-
-
-async def _off_loop(size: int, function: Any, *args: Any) -> Any:
-    if size < _LARGE_BYTES:
-        return function(*args)
-    return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+    """Token ids of `text`; a long text is tokenized in a thread, one that cannot fit the context not at all."""
+    if len(text) > model.max_prompt_chars:
+        raise bad_request(
+            f"This model's maximum context length is {model.context_tokens} tokens; {len(text)} characters are more.",
+            param,
+            "context_length_exceeded",
+        )
+    if len(text) < _SHORT_CHARS:
+        return model.encode(text, param, add_special_tokens)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(None, model.encode, text, param, add_special_tokens)

@@ -23,6 +23,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Continue a conversation."""
     services = request.app[SERVICES]
     model = services.model
+    services.admit(1)
     body = await read_json(request)
     check_model(body, model)
     options = parse_options(body, True, model.vocab_size, model.eos_ids, services.config.max_choices)

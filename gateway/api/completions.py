@@ -20,6 +20,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """Continue one or several texts."""
     services = request.app[SERVICES]
     model = services.model
+    services.admit(1)
     body = await read_json(request)
     check_model(body, model)
     options = parse_options(body, False, model.vocab_size, model.eos_ids, services.config.max_choices)
@@ -41,6 +42,8 @@ async def read_prompts(model: Model, value: Any, max_prompts: int) -> list[list[
 
 
 async def _read_prompt(model: Model, prompt: Any) -> list[int]:
+    if prompt == "":  # with a tokenizer that adds a first token it would not be empty any more
+        raise bad_request("'prompt' is empty", "prompt")
     if isinstance(prompt, str):
         return await encode(model, prompt, "prompt", add_special_tokens=True)
     return fields.token_ids(prompt, "prompt", model.vocab_size)

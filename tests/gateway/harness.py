@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import aiohttp
@@ -101,6 +101,3 @@ async def gateway(model: Model, *routers: FakeRouter, **options: Any) -> AsyncIt
 async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
     """Run something that blocks."""
     return await asyncio.get_running_loop().run_in_executor(None, function, *args)
-
-
-Test = Callable[..., Awaitable[None]]

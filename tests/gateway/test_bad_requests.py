@@ -1,6 +1,7 @@
 """Every bad input gets one clear error in OpenAI's nested body, and disturbs nobody else."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from tests.gateway.harness import gateway, run
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hi"}]
-BAD_CHAT = {  # name of the wrong field → body
+BAD_CHAT: dict[str, dict[str, Any]] = {  # name of the wrong field → body
     "messages": {"messages": []},
     "messages[0]": {"messages": ["hi"]},
     "messages[0].role": {"messages": [{"role": "wizard", "content": "hi"}]},
@@ -37,7 +38,7 @@ BAD_CHAT = {  # name of the wrong field → body
     "moering": {"moering": {"on_missing_expert": "guess"}},
     "model": {"model": 5},
 }
-BAD_TEXT = {
+BAD_TEXT: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": [["a"]]},
     "suffix": {"prompt": "a", "suffix": "b"},
     "echo": {"prompt": "a", "echo": True},
@@ -137,6 +138,7 @@ def test_a_prompt_over_the_context(model):
             long = [{"role": "user", "content": "x " * 600}]
             for path, body in (
                 (CHAT, {"messages": long}),
+                (TEXT, {"prompt": "x" * (model.max_prompt_chars + 1)}),
                 (CHAT, {"messages": HELLO, "max_tokens": 511}),
                 (TEXT, {"prompt": [5] * 512, "max_tokens": 1}),
                 (TEXT, {"prompt": [5] * 500, "max_tokens": 13}),

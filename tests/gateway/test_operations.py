@@ -113,6 +113,18 @@ def test_request_ids_are_echoed_or_made(model):
     run(main())
 
 
+def test_a_line_about_the_load_while_there_is_load(model, caplog):
+    async def main():
+        async with gateway(model, router := FakeRouter(hold_at=2), log_interval_s=0.05) as g:
+            stream = asyncio.create_task(g.stream("/v1/completions", REQUEST))
+            await g.until(lambda: "1 running, 0 waiting" in caplog.text)
+            router.release()
+            assert (await stream)[-1] == "[DONE]"
+
+    caplog.set_level("INFO", "gateway.reporter")
+    run(main())
+
+
 def test_models_and_version(model):
     async def main():
         async with gateway(model) as g:

@@ -95,6 +95,26 @@ def test_a_wrong_start_is_one_line(flags, status, message):
     assert message in log and "Traceback" not in log and len(log.splitlines()) == 1
 
 
+def test_a_second_sigterm_ends_it_now():
+    code = (
+        "import asyncio\n"
+        "from gateway.server import handle_signals\n"
+        "async def main():\n"
+        "    handle_signals(lambda: print('draining', flush=True))\n"
+        "    print('up', flush=True)\n"
+        "    await asyncio.Event().wait()\n"
+        "asyncio.run(main())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        for expected in ("up\n", "draining\n"):
+            assert process.stdout is not None and process.stdout.readline() == expected
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+
+
 def test_a_port_that_is_taken_is_one_line(checkpoint):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
