@@ -56,6 +56,8 @@ class Mailbox:
                 reports.append(self.next()[:2])
         except BlockingIOError:
             return reports
+        finally:
+            self.socket.settimeout(DEADLINE_S)
 
     def all_dead(self, within_s: float) -> bool:
         """Whether every process that ever reported is dead, or dies in time."""

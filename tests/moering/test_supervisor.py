@@ -126,12 +126,16 @@ def test_a_long_life_is_forgiven(mailbox: Mailbox) -> None:
 
 
 def test_kinds_stop_one_after_the_other(mailbox: Mailbox) -> None:
-    commands = [stub(mailbox.directory, name) for name in ("gateway", "router", "coordinator")]
-    with supervised(*commands) as running:
-        mailbox.started(3)
+    kinds = ("gateway", "router", "coordinator")
+    with supervised(*(stub(mailbox.directory, kind, behaviour="stubborn") for kind in kinds)) as running:
+        processes = mailbox.started(3)
         running.stop()
+        for kind in kinds:
+            assert mailbox.next()[:2] == (kind, "told to stop")
+            assert mailbox.rest() == []
+            os.kill(processes[kind][1], signal.SIGKILL)
+            running.exits.get(timeout=DEADLINE_S)
         running.join()
-    assert mailbox.rest() == [(c.id, event) for c in commands for event in ("told to stop", "ends")]
     assert mailbox.all_dead(within_s=0)
 
 
