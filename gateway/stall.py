@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,7 +54,7 @@ class StallGuard:
                 self.cut_count += 1
                 self._watched.discard(watched)
                 logger.warning("a client read nothing for %.1f s; its connection is cut", now - watched.since)
-                watched.transport.abort()
+                _reset(watched.transport)
 
     def _stalled(self, watched: Watched, now: float) -> bool:
         buffered = watched.transport.get_write_buffer_size()
@@ -60,3 +62,11 @@ class StallGuard:
         if buffered == 0 or taken > watched.taken_bytes:
             watched.taken_bytes, watched.since = taken, now
         return now - watched.since >= self._timeout_s
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Close without delivering what is left: else the kernel would keep its send buffer for minutes."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()

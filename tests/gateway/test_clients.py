@@ -77,13 +77,18 @@ def test_many_dropped_requests_leave_a_server_that_answers(model):
 
 def test_clients_that_never_read_are_cut_off_and_delay_nobody(model):
     async def main():
-        async with gateway(model, FakeRouter(script=heavy), stall_timeout_s=0.5) as g:
+        router = FakeRouter(script=heavy, hold_at=400)
+        async with gateway(model, router, stall_timeout_s=0.5) as g:
             silent = [await raw_post(port_of(g), HEAVY, receive_bytes=4096) for _ in range(5)]
             for _ in range(3):
-                assert (await g.stream("/v1/completions", REQUEST))[-1] == "[DONE]"
-            await g.until(lambda: g.services.guard.cut_count == 5)
+                assert (await g.stream("/v1/completions", {"prompt": [5], "max_tokens": 100}))[-1] == "[DONE]"
+            await in_thread(router.wait, lambda r: len(r.aborts) == 5 * HEAVY["n"])
+            assert g.services.guard.cut_count == 5
             await g.until(lambda: len(g.services.journal) == 0)
             for client in silent:
+                with pytest.raises(ConnectionResetError):
+                    while await asyncio.get_running_loop().sock_recv(client, 1 << 20):
+                        pass
                 client.close()
 
     run(main())
