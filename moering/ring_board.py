@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moering.ring_order import wanted_ways
 
-WALK_LENGTH = 32
+WALK_LENGTH = 24
 """A replica is looked for on the first servers of its expert's walk, and among all only if none of these will do."""
 LOAD_STEPS = 16
 """Loads are compared in this many steps of a fair share, so that the walk decides between servers about equal."""

@@ -204,8 +204,8 @@ def running(
     routers: int = 1,
     capacity: int = 8,
     *,
-    kind: type[C] = Cluster,
-    **rules: float,  # type: ignore[assignment]
+    kind: type[C] = Cluster,  # type: ignore[assignment]
+    **rules: float,
 ) -> C:
     """A cluster that has come up: `count` expert servers, routers and a gateway."""
     others = [Member("router", f"r{i}") for i in range(routers)]

@@ -428,8 +428,8 @@ def test_when_all_are_gone_another_model_may_come() -> None:
     for i in ("e0", "e1", "r0"):
         c.kill(i)
     c.run(1)
-    for i in range(2):
-        c.add(Member("expert-server", f"n{i}", digest="new", fingerprint="new", state="JOINING"))
+    for n in range(2):
+        c.add(Member("expert-server", f"n{n}", digest="new", fingerprint="new", state="JOINING"))
     c.run(3)
     assert sorted(c.view.servers) == ["n0", "n1"]
     assert c.view.failures_survivable == 1
