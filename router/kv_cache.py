@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterable
 
 import torch
@@ -25,7 +27,7 @@ class KVCache:
             raise ValueError(f"block_size {block_size}: attention's bits ask for {BLOCK_SIZE}")
         self.num_blocks, self.block_size = num_blocks, block_size
         shape = (num_blocks * block_size, 2, num_kv_heads, head_dim)
-        self.layers = [torch.zeros(shape) for _ in range(num_layers)]
+        self.layers = [_lazy_zeros(shape) for _ in range(num_layers)]
 
     @property
     def nbytes(self) -> int:
@@ -36,6 +38,12 @@ class KVCache:
     def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int) -> int:
         """Bytes of one block over all layers."""
         return num_layers * BLOCK_SIZE * 2 * num_kv_heads * head_dim * 4
+
+
+def _lazy_zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    """Zeros that take memory only where they are written; `torch.zeros` would touch every page now."""
+    memory = mmap.mmap(-1, math.prod(shape) * torch.float32.itemsize)
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
 class BlockManager:

@@ -1,3 +1,4 @@
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +92,16 @@ def test_the_cache_is_zeroed_and_knows_its_size():
     assert [tuple(layer.shape) for layer in cache.layers] == [(2 * BLOCK_SIZE, 2, 3, 8)] * 2
     assert all(not layer.any() for layer in cache.layers)
     assert cache.nbytes == 2 * KVCache.block_bytes(2, 3, 8)
+
+
+def test_memory_is_taken_when_written():
+    process = psutil.Process()
+    before = process.memory_info().rss
+    cache = KVCache(num_layers=1, num_kv_heads=8, head_dim=128, num_blocks=64)
+    assert cache.nbytes == 1 << 28
+    assert process.memory_info().rss - before < cache.nbytes // 4
+    cache.layers[0].fill_(1)
+    assert process.memory_info().rss - before > cache.nbytes // 4 * 3
 
 
 def test_only_the_block_size_that_attention_needs_is_served():
