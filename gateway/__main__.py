@@ -18,8 +18,6 @@ def run(config: Config) -> int:
     """Serve until told to stop."""
     if not config.checkpoint:
         raise ConfigError("--checkpoint is needed")
-    if not config.join:
-        raise ConfigError("--join is needed: the coordinator's address")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(config))
 

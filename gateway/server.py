@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SEND_BUFFER_BYTES = 128 << 10
 """Kernel memory for a client that does not read. Left alone, the kernel lets it grow to megabytes."""
+BACKLOG = 1024
 FLUSH_S = 2.0
 """Time that the last events get to reach their clients after the drain's limit."""
 
@@ -35,45 +36,59 @@ async def serve(config: Config) -> int:
     stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     handle_signals(lambda: _resolve(stop, 0))
     model = load_model(config.checkpoint, config.served_model_name, config.max_model_len_tokens)
-    async with running(config, model) as services, joined(services, on_refused=lambda: _resolve(stop, 1)):
+    listener = listen(config.host, config.port)
+    # Views keep coming until the last stream has ended: a router may die during a drain, too.
+    async with (
+        started(config, model, listener) as services,
+        joined(services, on_refused=lambda: _resolve(stop, 1)),
+        accepting(services, listener),
+    ):
         logger.info("serving %s at %s", model.name, services.own.address)
         status = await stop
-        services.cluster.draining = True
         logger.info("stopping; %d requests may finish within %g s", len(services.journal), config.drain_timeout_s)
     return status
 
 
 @contextlib.asynccontextmanager
-async def running(config: Config, model: Model) -> AsyncIterator[Services]:
-    """The HTTP server. Its end stops accepting, lets running requests finish within the limit, then cuts them off."""
-    listener = listen(config.host, config.port)
+async def started(config: Config, model: Model, listener: socket.socket) -> AsyncIterator[Services]:
+    """All but HTTP and membership: the pool of routers and the background tasks."""
     services = make_services(config, model, _own(config, listener.getsockname()[1]))
     tasks = [asyncio.create_task(services.guard.run()), asyncio.create_task(report_load(services))]
-    runner = web.AppRunner(
-        make_app(services),
-        handler_cancellation=True,  # a client that goes away cancels its handler, which aborts the request
-        access_log=None,
-        shutdown_timeout=config.drain_timeout_s + FLUSH_S,
-    )
-    await runner.setup()
     try:
-        await web.SockSite(runner, listener, backlog=1024).start()
         yield services
     finally:
-        services.cluster.draining = True
-        asyncio.get_running_loop().call_later(config.drain_timeout_s, services.pool.fail_all, "the server is stopping")
-        await runner.cleanup()
         await services.pool.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@contextlib.asynccontextmanager
+async def accepting(services: Services, listener: socket.socket) -> AsyncIterator[None]:
+    """HTTP. Its end stops accepting, lets running requests finish within the limit, then ends them with an error."""
+    limit_s = services.config.drain_timeout_s
+    runner = web.AppRunner(
+        make_app(services),
+        handler_cancellation=True,  # a client that goes away cancels its handler, which aborts the request
+        access_log=None,
+        shutdown_timeout=limit_s + FLUSH_S,
+    )
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listener, backlog=BACKLOG).start()
+        yield
+    finally:
+        services.cluster.draining = True
+        timer = asyncio.get_running_loop().call_later(limit_s, services.pool.fail_all, "the server is stopping")
+        await runner.cleanup()
+        timer.cancel()
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket whose connections have small send buffers. Raises `ConfigError`."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as e:
         raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror or e}") from e
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)

@@ -13,7 +13,7 @@ import uvloop
 from gateway.config import Config
 from gateway.membership import apply_view
 from gateway.model import Model
-from gateway.server import running
+from gateway.server import accepting, listen, started
 from gateway.services import Services
 from moering.protocol import MemberInfo, View
 from tests.gateway.fake_router import FakeRouter
@@ -87,7 +87,12 @@ async def gateway(model: Model, *routers: FakeRouter, **options: Any) -> AsyncIt
     """A gateway that is connected to `routers`, which it kills in the end."""
     config = Config(**{"port": 0, "drain_timeout_s": 5.0, **options})
     try:
-        async with aiohttp.ClientSession() as session, running(config, model) as services:
+        listener = listen(config.host, config.port)
+        async with (
+            aiohttp.ClientSession() as session,
+            started(config, model, listener) as services,
+            accepting(services, listener),
+        ):
             g = Gateway(services, session)
             if routers:
                 g.show(*routers)

@@ -83,8 +83,7 @@ def test_it_joins_serves_and_leaves_on_sigterm(checkpoint, coordinator):
     ("flags", "status", "message"),
     [
         ([], 2, "--checkpoint is needed"),
-        (["--checkpoint", "/nowhere"], 2, "--join is needed"),
-        (["--checkpoint", "/nowhere", "--join", "ipc:///tmp/none"], 1, "/nowhere is not a directory"),
+        (["--checkpoint", "/nowhere"], 1, "/nowhere is not a directory"),
         (["--max-requests", "many"], 2, "max_requests"),
     ],
 )
