@@ -13,6 +13,7 @@ from moering.membership import Membership
 from moering.protocol import Held, Lease, Leave, MemberInfo, ProvenExit, Refused, Register, Unknown, View
 
 LAYERS, EXPERTS = 2, 4
+ALL = {(layer, e) for layer in range(LAYERS) for e in range(EXPERTS)}
 OWN = MemberInfo("coordinator", "coordinator", 1, "tcp://127.0.0.1:1", 1, "ONLINE", "", 0, 0)
 
 
@@ -35,6 +36,11 @@ def of(view: View, which: str, server_id: str) -> set[tuple[int, int]]:
     return {
         (layer, e) for layer, rows in enumerate(table(view, which)) for e, row in enumerate(rows) if server_id in row
     }
+
+
+def holders(view: View, which: str = "routing") -> list[set[str]]:
+    """The servers of each expert, layer by layer."""
+    return [set(row) for rows in table(view, which) for row in rows]
 
 
 @dataclass
