@@ -138,6 +138,7 @@ def test_requests_go_to_the_router_with_the_least_work(model):
             tasks = [asyncio.create_task(g.stream("/v1/completions", REQUEST)) for _ in range(4)]
             for router in routers:
                 await in_thread(router.wait, lambda r: len(r.submits) == 2)
+            for router in routers:
                 router.release()
             for task in tasks:
                 streamed_ids(await task)
