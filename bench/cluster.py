@@ -105,7 +105,11 @@ async def serving(model: str, log: Path, flags: Sequence[str], ready_s: float) -
     """Run ``moering serve`` on a free port until the block ends; yields its URL once /ready answers 200.
 
     Its output goes to `log`. Raises `MoeringError` with the end of it when it does not get ready within `ready_s`.
+    SIGTERM cancels the calling task, so that the cluster ends with the bench.
     """
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     argv = [sys.executable, "-m", "moering", "serve", model, "--port", str(port), *flags]

@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import json
 import random
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -185,6 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     except (MoeringError, aiohttp.ClientError, TimeoutError) as e:
         print(f"bench.faults: {type(e).__name__}: {e}", file=sys.stderr)
         return 1
+    except asyncio.CancelledError:  # by SIGTERM
+        return 128 + signal.SIGTERM
     result = {"config": dataclasses.asdict(config)} | report(measured)
     (out / "faults.json").write_text(json.dumps(result, indent=1) + "\n")
     text = markdown(result)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import random
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -119,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     except (MoeringError, aiohttp.ClientError, TimeoutError) as e:
         print(f"bench.long_prompt: {type(e).__name__}: {e}", file=sys.stderr)
         return 1
+    except asyncio.CancelledError:  # by SIGTERM
+        return 128 + signal.SIGTERM
     text = json.dumps({"config": dataclasses.asdict(config)} | figures, indent=1)
     (out / "long_prompt.json").write_text(text + "\n")
     print(json.dumps(figures, indent=1))

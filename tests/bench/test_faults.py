@@ -124,3 +124,9 @@ def test_a_run_without_faults(tmp_path: Path) -> None:
 def test_bad_options_are_one_clear_line(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*argv, "--out", str(tmp_path)]) == 1
     assert argv[0].strip("-") in capsys.readouterr().err
+
+
+def test_a_cluster_that_does_not_start_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(tmp_path / "nothing-here"), "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "it exited with status" in error and "nothing-here" in error
