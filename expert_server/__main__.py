@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import zmq
 
@@ -75,12 +75,12 @@ class ExpertServer:
                 lower_priority()
             self._prepare()
             view = None
-            while not self._has_plan(view) or not self.loader.reconcile(view, gently=False):  # type: ignore[arg-type]
+            while not self._has_plan(view) or not self.loader.reconcile(view, online=False):  # type: ignore[arg-type]
                 view = self.loader.wait_for_change(view)
             gc.freeze()
             release_free_memory()
             self.state = "ONLINE"
-            self.lease.renew()
+            self._report()
             logger.info("online at %s with %d experts", self.address, len(self.residency.keys()))
         except MoeringError as e:
             self._fail(e)
@@ -88,8 +88,9 @@ class ExpertServer:
     def _prepare(self) -> None:
         """Import torch and prove that this process computes rows as it should."""
         from expert_server.backend import CpuBackend
+        from kernels.linear import Backend
 
-        self._backend = CpuBackend(self.config.backend, self.config.threads)
+        self._backend = CpuBackend(cast(Backend, self.config.backend), self.config.threads)
         self._fingerprint = self._backend.fingerprint
         cp = self.checkpoint
         shape = (cp.num_layers, cp.num_experts, cp.hidden_size)
@@ -106,7 +107,7 @@ class ExpertServer:
             while True:
                 view = self.loader.wait_for_change(view)
                 if self.state != "JOINING" and view is not None:
-                    self.loader.reconcile(view, gently=True)
+                    self.loader.reconcile(view, online=True)
                     release_free_memory()
         except MoeringError as e:
             self._fail(e)

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 
 from kernels.expert_ffn import ExpertFFN, grouped_expert_ffn, numerics_fingerprint
-from moering.checkpoint import ExpertWeights, RawTensor
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from kernels.linear import Backend
+from kernels.tensors import as_tensor
+from moering.checkpoint import ExpertWeights
 
 
 class CpuBackend:
     """Experts on the CPU."""
 
-    def __init__(self, arithmetic: str, threads: int) -> None:
+    def __init__(self, arithmetic: Backend, threads: int) -> None:
         """`arithmetic`: auto, packed or portable (see `kernels.linear`)."""
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
@@ -29,7 +29,8 @@ class CpuBackend:
 
     def load(self, weights: ExpertWeights) -> ExpertFFN:
         """One expert, packed; the checkpoint's bytes are not kept."""
-        gate, up, down = (as_tensor(t) for t in (weights.gate_proj, weights.up_proj, weights.down_proj))
+        raw = (weights.gate_proj, weights.up_proj, weights.down_proj)
+        gate, up, down = (as_tensor(t.dtype, t.shape, t.data) for t in raw)
         return ExpertFFN(gate, up, down, self._arithmetic)
 
     def compute(
@@ -39,8 +40,3 @@ class CpuBackend:
         grouped_expert_ffn(
             torch.from_numpy(hidden), torch.from_numpy(rows), counts, experts, torch.from_numpy(out)
         )  # fmt: skip
-
-
-def as_tensor(raw: RawTensor) -> torch.Tensor:
-    """A tensor over the bytes that were read."""
-    return torch.from_numpy(raw.data).view(_DTYPES[raw.dtype]).reshape(raw.shape)

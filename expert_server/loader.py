@@ -16,7 +16,8 @@ from moering.protocol import View
 logger = logging.getLogger(__name__)
 
 REPORT_S = 0.25
-"""Loaded experts are reported in batches, except orphans, for which requests may wait."""
+"""Loaded experts are reported in batches; orphans, for which requests may wait, as soon as the last is there."""
+PROGRESS_S = 2.0
 
 
 class Loader:
@@ -47,10 +48,11 @@ class Loader:
             self._changed.wait_for(lambda: self._view is not known)
             return self._view
 
-    def reconcile(self, view: View, *, gently: bool) -> bool:
+    def reconcile(self, view: View, *, online: bool) -> bool:
         """Drop and load until memory matches the plan of `view`. False if a newer view cut it short.
 
-        `gently`: rest between experts as long as one took, since requests are being served; not for orphans.
+        `online`: report on the way, and rest between experts as long as one took, since requests are being served;
+        not for orphans. A server that is not online yet reports once, when it has everything.
         """
         wanted, orphans = targets(view, self._server_id)
         held = self._residency.keys()
@@ -62,10 +64,10 @@ class Loader:
         missing = sorted(wanted.keys() - held, key=lambda key: (key not in orphans, key))
         if missing:
             logger.info("loading %d experts, %d of them orphans", len(missing), len(orphans & set(missing)))
-        return self._load_all(view, missing, orphans, gently)
+        return self._load_all(view, missing, orphans, online)
 
-    def _load_all(self, view: View, missing: list[Key], orphans: set[Key], gently: bool) -> bool:
-        started = reported = time.monotonic()
+    def _load_all(self, view: View, missing: list[Key], orphans: set[Key], online: bool) -> bool:
+        started = reported = shown = time.monotonic()
         for n, key in enumerate(missing, 1):
             if self._is_outdated(view, orphans):
                 self._report()
@@ -74,10 +76,13 @@ class Loader:
             self._residency.add(key, *self._load(*key))
             now = time.monotonic()
             last_orphan = key in orphans and (n == len(missing) or missing[n] not in orphans)
-            if last_orphan or now - reported > REPORT_S or n == len(missing):
+            if n == len(missing) or (online and (last_orphan or now - reported > REPORT_S)):
                 self._report()
                 reported = now
-            if gently and key not in orphans:
+            if now - shown > PROGRESS_S:
+                logger.info("loaded %d of %d experts", n, len(missing))
+                shown = now
+            if online and key not in orphans:
                 time.sleep(now - begun)
         if missing:
             logger.info("loaded %d experts in %.1f s", len(missing), time.monotonic() - started)
@@ -100,6 +105,9 @@ def targets(view: View, server_id: str) -> tuple[dict[Key, None], set[Key]]:
     target = np.frombuffer(view.target, "<i2").reshape(shape)
     routing = np.frombuffer(view.routing, "<i2").reshape(shape)
     mine = (target == view.servers.index(server_id)).any(axis=2)
-    nowhere = (routing < 0).all(axis=2)
-    wanted: dict[Key, None] = {(int(layer), int(expert)): None for layer, expert in np.argwhere(mine)}
-    return wanted, {key for key in wanted if nowhere[key]}
+    nowhere = mine & (routing < 0).all(axis=2)
+    return _keys(mine), set(_keys(nowhere))
+
+
+def _keys(mask: np.ndarray) -> dict[Key, None]:
+    return {(int(layer), int(expert)): None for layer, expert in np.argwhere(mask)}

@@ -49,7 +49,7 @@ def parse(config: type[T], argv: Sequence[str], environ: Mapping[str, str] | Non
         if text is not None:
             values[name] = text
     values.update(flags)
-    return config(**{name: _convert(name, hints[name], value) for name, value in values.items()})
+    return config(**{name: _value(fields[name], hints[name], value) for name, value in values.items()})
 
 
 def to_argv(config: object) -> list[str]:
@@ -95,6 +95,13 @@ def _read_file(path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
+def _value(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    value, choices = _convert(field.name, hint, value), field.metadata.get("choices")
+    if choices and value not in choices:  # argparse sees the flags only
+        raise ConfigError(f"{field.name}: {value!r} is not one of {', '.join(map(str, choices))}")
+    return value
+
+
 def _convert(name: str, hint: Any, value: Any) -> Any:
     """`value` (text from a flag or the environment, or a YAML value) as the annotated type of field `name`."""
     if isinstance(hint, types.UnionType):  # `T | None`
@@ -107,7 +114,7 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         if typing.get_origin(hint) is tuple:  # tuple[str, ...], comma-separated
             items = value.split(",") if isinstance(value, str) else value
             return tuple(str(i).strip() for i in items if str(i).strip())
-        return hint(value)
+        return hint(str(value))  # by way of text: a YAML 8000.5 is no port, and true is no number
     except (TypeError, ValueError) as e:
         raise ConfigError(f"{name}: {value!r} is not a valid {getattr(hint, '__name__', hint)}") from e
 

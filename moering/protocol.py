@@ -384,11 +384,11 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Any, memoryview | None
     if not isinstance(fields, dict):
         raise ProtocolError("the header is not a map")
     version, kind = fields.pop("v", None), fields.pop("kind", None)
-    if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"protocol version {version!r}; this process speaks {PROTOCOL_VERSION}")
+    if type(version) is not int or version != PROTOCOL_VERSION:
+        raise ProtocolError(f"protocol version {_shown(version)}; this process speaks {PROTOCOL_VERSION}")
     cls = KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise ProtocolError(f"unknown message kind {kind!r:.60}")
+        raise ProtocolError(f"unknown message kind {_shown(kind)}")
     message = _build(cls, fields, str(kind))
     return message, _tensor(message, frames)
 
@@ -411,6 +411,11 @@ def _tensor(message: Any, frames: Sequence[bytes | memoryview]) -> memoryview | 
     if tensor.nbytes != expected:
         raise ProtocolError(f"{kind}: a tensor of {tensor.nbytes} bytes; dtype and shape ask for {expected}")
     return tensor
+
+
+def _shown(value: Any) -> str:
+    """A value for an error text. Of a list or map only its type: `repr` of a deep one overflows the stack."""
+    return type(value).__name__ if isinstance(value, list | dict) else f"{value!r:.60}"
 
 
 def _plain(value: Any) -> Any:
@@ -473,7 +478,7 @@ def _check(hint: Any) -> Callable[[Any, str], Any]:
 
 def _check_float(value: Any, where: str) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise ProtocolError(f"{where}: {value!r:.40} is not a finite number")
+        raise ProtocolError(f"{where}: {_shown(value)} is not a finite number")
     return float(value)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 import zmq
 
 from moering.protocol import Abort, Submit, Token, View
@@ -104,14 +105,15 @@ class Engine:
 
     def run(self) -> None:
         """Serve until `stop`."""
-        while not self._stopping:
-            self._receive()
-            self._look()
-            self._start()
-            self._poll()
-            for finished in self._exchange.take_finished():
-                self._advance(finished)
-            self.progress += 1
+        with torch.inference_mode():
+            while not self._stopping:
+                self._receive()
+                self._look()
+                self._start()
+                self._poll()
+                for finished in self._exchange.take_finished():
+                    self._advance(finished)
+                self.progress += 1
         self._exchange.close()
 
     def _receive(self) -> None:
@@ -226,13 +228,15 @@ class Engine:
     def _park(self, flight: Flight, missing: np.ndarray) -> None:
         """Sequences whose experts are missing wait, or fail if they asked to; the rest of the micro-batch goes on."""
         self._flights.discard(flight)
-        top_k = flight.expert_arrays()[1].shape[1]
-        waiting = flight.sequences_of(missing // top_k)
+        _, topk_ids, _ = flight.expert_arrays()
+        waiting = flight.sequences_of(missing // topk_ids.shape[1])
         rest = [s for s in flight.sequences if s not in waiting]
         logger.warning("layer %d: no live replica for rows of %d requests; they wait", flight.layer, len(waiting))
         parked = flight.split(waiting, missing)
         parked.parked_s = self._clock()
         self._parked.add(parked)
+        if self._exchange.routable(flight.layer, topk_ids.reshape(-1)[missing]):
+            self._exchange.changed = True  # a replica came back while other rows of this flight were under way
         impatient = [s for s in waiting if s.sampling.on_missing_expert == "fail"]
         self._fail_missing(parked, impatient, "an expert that it needs has no live replica")
         if rest:

@@ -32,8 +32,12 @@ HANDSHAKE_S = 2.0
 class Rows(Protocol):
     """What the exchange needs of a micro-batch. Arrays share memory with its tensors."""
 
-    layer: int
     prefill: bool
+
+    @property
+    def layer(self) -> int:
+        """The layer whose experts are to be computed."""
+        ...
 
     def expert_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(hidden float32 [n, H], topk_ids int64 [n, k], expert_output float32 [n × k, H])."""
@@ -76,6 +80,10 @@ class Exchange:
         self._do(
             self.dispatcher.submit(self._next_work, micro_batch.layer, topk_ids, slots, micro_batch.prefill, now)
         )  # fmt: skip
+
+    def routable(self, layer: int, experts: np.ndarray) -> bool:
+        """Whether any of these experts of a layer has a live replica now."""
+        return bool(self.dispatcher.routable(layer, experts, self._clock()).any())
 
     def take_finished(self) -> list[Finished]:
         """Works that ended since the last call."""

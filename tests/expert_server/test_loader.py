@@ -32,7 +32,7 @@ class Fixture:
 
     def follow(self, v):
         self.loader.view_changed(v)
-        return self.loader.reconcile(v, gently=False)
+        return self.loader.reconcile(v, online=True)
 
 
 def test_memory_matches_the_plan_afterwards():
@@ -52,8 +52,8 @@ def test_orphans_are_loaded_first_and_reported_before_the_rest():
 
 
 def test_a_newer_plan_cuts_loading_short():
-    f = Fixture(on_load=lambda key: f.loader.view_changed(newer))
-    newer = view({(1, 1)}, epoch=2)
+    f, newer = Fixture(), view({(1, 1)}, epoch=2)
+    f.on_load = lambda key: f.loader.view_changed(newer)
     assert not f.follow(view({(0, 0), (0, 1)}))
     assert f.loaded == [(0, 0)]
     assert f.reports, "what was loaded is reported, since the newer plan may build on it"

@@ -27,8 +27,7 @@ def service(tmp_path):
     s = Service(socket, "expert-0", 5, 100, residency)
     s.start()
     s.open("model", "digest", SHAPE, compute)
-    s.address = address
-    yield s
+    yield s, address
     s.close()
 
 
@@ -48,7 +47,7 @@ class Router:
 
 @pytest.fixture
 def router(service):
-    r = Router(service.address)
+    r = Router(service[1])
     yield r
     r.socket.close()
 
@@ -80,14 +79,14 @@ def test_rows_come_back_unsummed_in_the_order_of_the_pairs(router):
 
 
 def test_an_expert_that_is_not_here_is_said_so(router, service):
-    service.epoch = 17
+    service[0].epoch = 17
     reply, _ = router.compute(dispatch([(0, 3), (0, 7)]), rows(1))
     assert reply == NotHere(9, 1, 5, 17)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xff" * 50, b"\x81\xa1v\x02", protocol.encode(Refused("no", False))])
 def test_garbage_costs_its_sender_an_error_and_others_nothing(router, service, garbage):
-    other = Router(service.address)
+    other = Router(service[1])
     message, _ = other.ask(garbage)
     assert isinstance(message, Refused)
     other.socket.close()
@@ -104,7 +103,7 @@ def test_a_wrong_dispatch_fails_alone(router):
 
 
 def test_a_router_that_left_does_not_stop_the_others(router, service):
-    gone = Router(service.address)
+    gone = Router(service[1])
     for seq in range(50):
         gone.socket.send_multipart([protocol.encode(dispatch([(0, 3)], seq=seq)), rows(1).tobytes()])
     gone.socket.close()

@@ -1,0 +1,150 @@
+"""A router's engine and expert servers as threads of one process: real sockets, real arithmetic, gates to hold compute.
+
+What dies here is a connection or a compute thread; processes die in tests/faults.
+"""
+
+import threading
+import time
+from collections import defaultdict
+
+import numpy as np
+import zmq
+
+from expert_server.backend import CpuBackend
+from expert_server.residency import Residency
+from expert_server.service import Service
+from moering import protocol, transport
+from moering.checkpoint import Checkpoint
+from moering.protocol import Failed, Hello, MemberInfo, Sampling, Submit, Tokens, View
+from router.__main__ import build_engine
+from router.config import Config
+from router.exchange import Exchange
+from router.frontend import Frontend
+
+DEADLINE_S = 60.0
+
+
+class Server:
+    """One expert server: thread and socket. `gate` holds its computations while it is cleared."""
+
+    def __init__(self, directory, index, incarnation, checkpoint, backend, experts):
+        self.name, self.incarnation = f"e{index}", incarnation
+        self.gate, self.entered = threading.Event(), threading.Event()
+        self.gate.set()
+        self.dead = False
+        residency = Residency()
+        for key in experts:
+            weights = checkpoint.expert(*key)
+            residency.add(key, backend.load(weights), weights.digest)
+        socket = transport.make_socket(zmq.ROUTER)
+        self.address = transport.bind(socket, f"ipc://{directory}/e{index}.{incarnation}")
+        self.service = Service(socket, self.name, incarnation, 4096, residency)
+        self.service.start()
+        shape = (checkpoint.num_layers, checkpoint.num_experts, checkpoint.hidden_size)
+
+        def compute(*args):
+            self.entered.set()
+            assert self.gate.wait(DEADLINE_S)
+            if self.dead:
+                raise SystemExit  # ends this thread
+            backend.compute(*args)
+
+        self.service.open("m", checkpoint.digest, shape, compute)
+
+    @property
+    def member(self):
+        return MemberInfo("expert-server", self.name, self.incarnation, self.address, 0, "ONLINE", "", 99, 8)
+
+    def die(self):
+        """A computation in progress ends without a reply, then the connections break."""
+        self.dead = True
+        self.gate.set()
+        self.service.close()
+        self.service._socket.close()
+
+
+class MiniCluster:
+    """`replication` replicas of each expert on `n` servers: expert e of layer l on servers (e + l), (e + l + 1), …"""
+
+    def __init__(self, directory, checkpoint_path, n=3, replication=2, **options):
+        self.directory, self.n, self.replication = directory, n, replication
+        self.checkpoint, self.backend = Checkpoint(checkpoint_path), CpuBackend("auto", 1)
+        self.servers = [self.start(i) for i in range(n)]
+        poller = zmq.Poller()
+        hello = Hello("router", "r", 1, "m", self.checkpoint.digest)
+        self.exchange = Exchange(hello, poller, time.monotonic)
+        socket = transport.make_socket(zmq.ROUTER)
+        self.address = transport.bind(socket, f"ipc://{directory}/r")
+        config = Config(**{"kv_cache_mb": 64, **options})
+        frontend = Frontend(socket, "r", 1, 64)
+        self.engine = build_engine(config, self.checkpoint, self.exchange, frontend, poller)
+        self.epoch = 0
+        self.publish()
+        self.thread = threading.Thread(target=self.engine.run, daemon=True)
+        self.thread.start()
+
+    def holders(self, layer, expert):
+        return [(layer + expert + i) % self.n for i in range(self.replication)]
+
+    def start(self, index, incarnation=1):
+        c = self.checkpoint
+        pairs = [(layer, e) for layer in range(c.num_layers) for e in range(c.num_experts)]
+        mine = [p for p in pairs if index in self.holders(*p)]
+        return Server(self.directory, index, incarnation, c, self.backend, mine)
+
+    def publish(self):
+        self.epoch += 1
+        c = self.checkpoint
+        routing = np.array(
+            [[self.holders(layer, e) for e in range(c.num_experts)] for layer in range(c.num_layers)], "<i2"
+        )
+        r, names = routing.tobytes(), [s.name for s in self.servers]
+        members = [s.member for s in self.servers]
+        shape = (c.num_layers, c.num_experts, self.replication)
+        self.engine.view_changed(View(1, self.epoch, members, names, *shape, r, r, self.replication, 1, 0, 0))
+
+    def restart(self, index):
+        old = self.servers[index]
+        self.servers[index] = self.start(index, old.incarnation + 1)
+        self.publish()
+
+    def close(self):
+        self.engine.stop()
+        for server in self.servers:
+            server.die()
+        self.thread.join(DEADLINE_S)
+
+
+class Client:
+    """A gateway's end: sends requests, collects (token, digest of its logits) of each."""
+
+    def __init__(self, address):
+        self.socket = transport.make_socket(zmq.DEALER)
+        self.socket.rcvtimeo = int(DEADLINE_S * 1000)
+        transport.connect(self.socket, address)
+        self.tokens, self.failures, self.finished = defaultdict(list), {}, set()
+
+    def submit(self, name, prompt, emitted=(), **sampling):
+        options = {"max_tokens": 16, "temperature": 0.0, "logits_digest": True, **sampling}
+        message = Submit(name, 0, list(prompt), list(emitted), Sampling(**options), DEADLINE_S)
+        self.socket.send(protocol.encode(message))
+
+    def receive(self):
+        message, _ = protocol.decode(self.socket.recv_multipart())
+        if isinstance(message, Tokens):
+            for t in message.tokens:
+                assert t.position == len(self.tokens[t.request_id]), "a token lost or twice"
+                self.tokens[t.request_id].append((t.token_id, t.logits_digest))
+                if t.finish_reason:
+                    self.finished.add(t.request_id)
+        elif isinstance(message, Failed):
+            self.failures[message.request_id] = message.code
+        return message
+
+    def until(self, condition):
+        while not condition():
+            self.receive()
+
+    def until_ended(self, n):
+        self.until(lambda: len(self.finished) + len(self.failures) >= n)
+        return dict(self.tokens)

@@ -1,0 +1,178 @@
+"""The engine with real arithmetic: a request's tokens and logits do not depend on what else happens."""
+
+import random
+import threading
+
+import pytest
+
+from tests import tiny
+from tests.router.mini_cluster import Client, MiniCluster
+
+# a compute thread that "dies" ends with SystemExit
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+PROMPTS = {f"q{i}": [5 + i, 6, 7 + 2 * i, 8, *list(range(10, 10 + 3 * i))] for i in range(8)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"), layers=3)
+
+
+@pytest.fixture
+def cluster(tmp_path, checkpoint, request):
+    c = MiniCluster(tmp_path, checkpoint, **getattr(request, "param", {}))
+    yield c
+    c.close()
+
+
+@pytest.fixture
+def client(cluster):
+    c = Client(cluster.address)
+    yield c
+    c.socket.close()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, checkpoint):
+    """Each prompt alone, one after the other, whole prefill."""
+    c = MiniCluster(tmp_path_factory.mktemp("reference"), checkpoint)
+    client = Client(c.address)
+    for n, (name, prompt) in enumerate(PROMPTS.items(), 1):
+        client.submit(name, prompt)
+        client.until_ended(n)
+    client.socket.close()
+    c.close()
+    return dict(client.tokens)
+
+
+def submit_all(client):
+    for name, prompt in PROMPTS.items():
+        client.submit(name, prompt)
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [{}, {"max_num_batched_tokens": 5}, {"micro_batches": 2, "max_num_batched_tokens": 4}, {"threads": 1}],
+    indirect=True,
+)
+def test_a_batch_gives_each_request_the_bits_it_has_alone(client, reference):
+    submit_all(client)
+    assert client.until_ended(len(PROMPTS)) == reference
+
+
+def test_a_resumed_request_goes_on_with_the_same_tokens(client, reference):
+    tokens = [t for t, _ in reference["q3"]]
+    client.tokens["q3"] = reference["q3"][:5]
+    client.submit("q3", PROMPTS["q3"], emitted=tokens[:5])
+    assert client.until_ended(1)["q3"] == reference["q3"]
+
+
+def test_death_between_receive_and_reply_changes_nothing(cluster, client, reference):
+    victim = cluster.servers[1]
+    submit_all(client)
+    client.until(lambda: len(client.tokens["q0"]) >= 3)
+    victim.gate.clear()
+    victim.entered.clear()
+    assert victim.entered.wait(30)  # it has received, and will never answer
+    threading.Thread(target=victim.die).start()
+    assert client.until_ended(len(PROMPTS)) == reference
+    counters = cluster.engine.counters()
+    assert counters["dispatches_lost"] > 0
+    assert counters["rows_resent"] == counters["rows_lost"]
+    assert counters["tokens_recomputed"] == counters["forwards_dropped"] == 0
+    assert counters["forward_rows"] == sum(len(p) + 15 for p in PROMPTS.values())
+
+
+def test_all_holders_gone_parks_requests_until_one_is_back(cluster, client, reference):
+    submit_all(client)
+    client.until(lambda: len(client.tokens["q0"]) >= 3)
+    cluster.servers[0].die()
+    cluster.servers[1].die()
+    wait_for(lambda: cluster.engine.gauges()["requests_parked"] > 0)
+    cluster.restart(0)
+    assert client.until_ended(len(PROMPTS)) == reference
+
+
+def wait_for(condition):
+    deadline = threading.Event()
+    for _ in range(6000):
+        if condition():
+            return
+        deadline.wait(0.01)
+    raise AssertionError("it did not happen")
+
+
+def test_a_replica_that_is_back_before_other_rows_are_done_is_used(cluster, client, reference):
+    """The return of a replica must not be missed because the flight that needs it has rows under way elsewhere."""
+    slow, gone = cluster.servers[2], [cluster.servers[0], cluster.servers[1]]
+    submit_all(client)
+    client.until(lambda: len(client.tokens["q0"]) >= 3)
+    slow.gate.clear()
+    slow.entered.clear()
+    assert slow.entered.wait(30)
+    for server in gone:
+        server.die()
+    wait_for(lambda: set(cluster.exchange.suspects) == {"e0", "e1"})
+    cluster.restart(0)
+    wait_for(lambda: "e0" not in cluster.exchange.suspects)
+    slow.gate.set()
+    assert client.until_ended(len(PROMPTS)) == reference
+
+
+@pytest.mark.parametrize("cluster", [{"missing_expert_timeout_s": 0.5}], indirect=True)
+def test_waiting_for_an_expert_is_bounded(cluster, client):
+    cluster.servers[0].die()
+    cluster.servers[1].die()
+    submit_all(client)
+    client.until_ended(len(PROMPTS))
+    assert set(client.failures.values()) == {"no_replica"}
+    assert len(client.failures) == len(PROMPTS)
+    cluster.engine._scheduler.check_integrity()
+
+
+def test_a_request_that_will_not_wait_fails_at_once_and_others_go_on(cluster, client, reference):
+    submit_all(client)
+    client.submit("hasty", PROMPTS["q0"], on_missing_expert="fail", max_tokens=2000)
+    client.until(lambda: len(client.tokens["hasty"]) >= 3)
+    cluster.servers[0].die()
+    cluster.servers[1].die()
+    client.until(lambda: "hasty" in client.failures)
+    assert client.failures == {"hasty": "no_replica"}
+    cluster.restart(0)
+    client.until_ended(len(PROMPTS) + 1)
+    assert {name: client.tokens[name] for name in PROMPTS} == reference
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_connections_that_break_at_random_change_nothing(cluster, client, reference, seed):
+    rng, exchange, poll = random.Random(seed), cluster.exchange, cluster.engine._poll
+
+    def poll_in_trouble():
+        if rng.random() < 0.05:
+            for connection in [c for c in exchange._connections.values() if rng.random() < 0.7]:
+                exchange._lose(connection, "the test broke it")
+        poll()
+
+    cluster.engine._poll = poll_in_trouble
+    submit_all(client)
+    assert client.until_ended(len(PROMPTS)) == reference
+    counters = cluster.engine.counters()
+    assert counters["servers_lost"] > 0
+    assert counters["forward_rows"] == sum(len(p) + 15 for p in PROMPTS.values())
+
+
+@pytest.mark.parametrize("cluster", [{"kv_cache_mb": 3, "max_num_seqs": 8}], indirect=True)
+def test_preempted_requests_get_the_same_tokens(cluster, client, reference):
+    submit_all(client)
+    assert client.until_ended(len(PROMPTS)) == reference
+
+
+def test_an_abort_frees_everything(cluster, client):
+    from moering import protocol
+
+    client.submit("long", PROMPTS["q1"], max_tokens=3000)
+    client.until(lambda: len(client.tokens["long"]) >= 2)
+    client.socket.send(protocol.encode(protocol.Abort("long", 0)))
+    wait_for(lambda: cluster.engine.queued == 0)
+    cluster.engine._scheduler.check_integrity()
