@@ -9,8 +9,9 @@ import triton.language as tl
 
 @triton.jit
 def _combine_kernel(
-    pair_rows_ptr, weights_ptr, out_ptr, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    pair_rows_ptr, weights_ptr, experts_ptr, out_ptr, hidden,
+    TOP_K: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -19,16 +20,21 @@ def _combine_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(TOP_K):
         pair = row * TOP_K + slot
-        value = tl.load(pair_rows_ptr + pair * hidden + column, mask=mask, other=0.0).to(tl.float32)
+        present = mask
+        if SKIP:
+            present = mask & (tl.load(experts_ptr + pair) >= 0)
+        value = tl.load(pair_rows_ptr + pair * hidden + column, mask=present, other=0.0).to(tl.float32)
         total += tl.load(weights_ptr + pair) * value
     tl.store(out_ptr + row * hidden + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def combine(pair_rows: torch.Tensor, topk_weights: torch.Tensor, pdl: bool = False) -> torch.Tensor:
-    """out[n] = sum over j of topk_weights[n, j] * pair_rows[n * top_k + j], multiplied, then added in order of j, in fp32.
+def combine(
+    pair_rows: torch.Tensor, topk_weights: torch.Tensor, experts: torch.Tensor | None = None, pdl: bool = False
+) -> torch.Tensor:
+    """out[n] = sum over j of topk_weights[n, j] * pair_rows[n * top_k + j], multiplied, then added by rising j, fp32.
 
     pair_rows: [rows * top_k, hidden]; topk_weights: [rows, top_k] float32. Returns [rows, hidden] of pair_rows' dtype.
-    A pair without a local expert must hold zeros.
+    experts: [rows * top_k] int32; rows of pairs whose expert is negative count as zeros, and are not read.
     """
     rows, top_k = topk_weights.shape
     hidden = pair_rows.shape[1]
@@ -40,6 +46,15 @@ def combine(pair_rows: torch.Tensor, topk_weights: torch.Tensor, pdl: bool = Fal
     if pdl:
         options["launch_pdl"] = True
     _combine_kernel[(rows, triton.cdiv(hidden, block))](
-        pair_rows, topk_weights, out, hidden, TOP_K=top_k, BLOCK=block, PDL=pdl, **options
+        pair_rows,
+        topk_weights,
+        topk_weights if experts is None else experts,
+        out,
+        hidden,
+        TOP_K=top_k,
+        SKIP=experts is not None,
+        BLOCK=block,
+        PDL=pdl,
+        **options,
     )
     return out

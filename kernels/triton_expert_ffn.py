@@ -1,11 +1,12 @@
 """Grouped expert FFN of a server's local experts on a GPU, bf16, batch-invariant.
 
-See `triton_grouping` (which tile holds which pairs), `triton_grouped_gemm` (the arithmetic), docs/kernels.md (measurements).
+See `triton_grouping` (which tile holds which pairs), `triton_grouped_gemm` (the arithmetic), docs/kernels.md (figures).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -13,50 +14,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.triton_grouped_gemm import down_kernel, gate_up_kernel
 from kernels.triton_grouping import Grouping, PairGrouper
-
-PREFETCH_ROW_BYTES = 2048
-"""How much of each weight row the down product asks for early: a grid's worth of it must fit L2."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How one GEMM is cut. None of it changes a result's bits."""
-
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    swap: bool = True
-    group_m: int = 1
-    flatten: bool = False
-    act_tma: bool = False
-    programs_per_sm: int = 0
-    """0: one program per work item; else a grid of this many per multiprocessor that strides over the items."""
-
-
-@dataclass(frozen=True)
-class FFNTiling:
-    """Tile heights (tokens) and how both GEMMs are cut; pdl starts a kernel while the one before it drains."""
-
-    block_m: int
-    gate_up: Tiling
-    down: Tiling
-    small_m: int = 0
-    pdl: bool = False
-
-
-def choose_tiling(pairs: int, num_experts: int) -> FFNTiling:
-    """Tiling by the mean number of rows per expert."""
-    gate_up = Tiling(block_n=64, block_k=64, warps=4, stages=4)
-    down = Tiling(block_n=64, block_k=64, warps=4, stages=4)
-    block_m = 16 if pairs <= 16 * num_experts else 64
-    return FFNTiling(block_m, gate_up, down)
+from kernels.triton_tiling import FFNTiling, Tiling, choose_tiling
 
 
 class GroupedExperts:
     """The local experts' weights and their forward.
 
-    w13: [experts, 2 * intermediate, hidden], gate rows above up rows; w2: [experts, hidden, intermediate]; both contiguous.
+    w13: [experts, 2 * intermediate, hidden], gate above up; w2: [experts, hidden, intermediate]; both contiguous.
     They are used in place: overwriting an expert's slice (with the stream ordered) replaces the expert.
     """
 
@@ -85,8 +49,8 @@ class GroupedExperts:
     ) -> torch.Tensor:
         """One unsummed row per (row, expert) pair; runs on the current stream, without synchronising.
 
-        hidden_states: [n, hidden], rows contiguous.  experts: [pairs] int32, local index, -1 for none (that row of the result
-        is left as it was).  rows: [pairs] int32, None when pair i reads row i // top_k.  Returns out: [pairs, hidden].
+        hidden_states: [n, hidden], rows contiguous.  experts: [pairs] int32, local index, -1 for none (that row of the
+        result is left as it was).  rows: [pairs] int32, None when pair i reads row i // top_k. Returns [pairs, hidden].
         """
         pairs = experts.numel()
         self._check(hidden_states, experts, rows)
@@ -131,7 +95,7 @@ class GroupedExperts:
     def _prefetch(self, cut: Tiling) -> tuple[int, int]:
         """How to ask for the start of each weight row: (parts per row, bytes per part); one part per thread."""
         parts = max(cut.warps * 32 // cut.block_n, 1)
-        part_bytes = min(self.intermediate * self.w2.element_size(), PREFETCH_ROW_BYTES) // parts
+        part_bytes = min(self.intermediate * self.w2.element_size(), cut.prefetch_bytes) // parts
         usable = self.hidden % cut.block_n == 0 and part_bytes % 16 == 0
         return (parts, part_bytes) if usable else (1, 0)
 
@@ -145,14 +109,16 @@ class GroupedExperts:
         if hidden_states.dtype != self.w13.dtype:
             raise ValueError(f"hidden_states are {hidden_states.dtype}, the weights {self.w13.dtype}")
         for name, ids in (("experts", experts), ("rows", rows)):
-            if ids is not None and (ids.dtype != torch.int32 or not ids.is_contiguous() or ids.numel() != experts.numel()):
+            if ids is not None and (
+                ids.dtype != torch.int32 or not ids.is_contiguous() or ids.numel() != experts.numel()
+            ):
                 raise ValueError(f"{name} must be a contiguous int32 tensor with one entry per pair")
 
 
-def _constants(tiling: FFNTiling, cut: Tiling) -> dict[str, int | bool]:
+def _constants(tiling: FFNTiling, cut: Tiling) -> dict[str, Any]:
     launch = {"launch_pdl": True} if tiling.pdl else {}
     return {
-        "BLOCK_M": tiling.block_m, "SMALL_M": tiling.small_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k,
+        "HEIGHTS": (tiling.block_m, *cut.lower), "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k,
         "GROUP_M": cut.group_m, "SWAP": cut.swap, "FLATTEN": cut.flatten, "PDL": tiling.pdl,
         "num_warps": cut.warps, "num_stages": cut.stages, **launch,
     }  # fmt: skip

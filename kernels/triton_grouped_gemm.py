@@ -1,11 +1,11 @@
 """The two grouped GEMMs of an expert FFN: gate/up with SwiGLU, and down.
 
-Every output element is one accumulator that runs over K in ascending order, 16 at a time, whatever the tile: no split-K, no
-second accumulator. That is why a row's bits depend neither on the number of rows nor on the tile that computes it.
+Every output element is one accumulator that runs over K in ascending order, 16 at a time, whatever the tile: no
+split-K, no second accumulator. That is why a row's bits depend neither on the number of rows nor on the tile that computes it.
 
-`SWAP` makes the weights the left operand (their rows are the 64 rows of a wgmma, the tokens its width of 8 to 256): a tile of
-16 tokens then costs no padding to 64. Weights come through TMA descriptors; token rows are gathered by pointer, which Hopper's
-TMA cannot.
+`SWAP` makes the weights the left operand (their rows are the 64 rows of a wgmma, the tokens its width of 8 to 256): a
+tile of 16 tokens then costs no padding to 64. Weights come through TMA descriptors; token rows are gathered by pointer,
+which Hopper's TMA cannot.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton_grouping import TILE_FIELDS
+
 
 @triton.jit
 def _prefetch_l2(ptr, row_bytes, ROWS: tl.constexpr, PARTS: tl.constexpr, PART_BYTES: tl.constexpr):
-    """Ask for the first PARTS * PART_BYTES bytes of ROWS rows to be brought into L2, without waiting. 16 divides all sizes."""
+    """Ask for the first PARTS * PART_BYTES bytes of ROWS rows to come into L2, unwaited. 16 divides all sizes."""
     index = tl.arange(0, ROWS * PARTS)
     ptrs = (ptr + (index // PARTS).to(tl.int64) * row_bytes + (index % PARTS) * PART_BYTES).to(tl.int64)
     tl.inline_asm_elementwise(
@@ -26,13 +28,21 @@ def _prefetch_l2(ptr, row_bytes, ROWS: tl.constexpr, PARTS: tl.constexpr, PART_B
 
 
 @triton.jit
-def _locate(index, num_tiles, n_blocks, GROUP_M: tl.constexpr):
-    """Tile and column block of a work item: GROUP_M tiles share each column block before the next (weights stay in L2)."""
+def _locate(index, tiles_ptr, n_blocks, GROUP_M: tl.constexpr):
+    """Tile and weight block of a work item.
+
+    Up to GROUP_M tiles of one expert share each weight block before the next one: every weight is read from memory once
+    per group, and the rows of a group stay in L2.
+    """
+    some_tile = tiles_ptr + TILE_FIELDS * (index // n_blocks)  # of the same expert
+    first = tl.load(some_tile + 3)
+    tiles = tl.load(some_tile + 4)
+    inside = index - first * n_blocks
     per_group = GROUP_M * n_blocks
-    first = (index // per_group) * GROUP_M
-    height = tl.minimum(num_tiles - first, GROUP_M)
-    inside = index % per_group
-    return first + inside % height, inside // height
+    start = (inside // per_group) * GROUP_M
+    height = tl.minimum(tiles - start, GROUP_M)
+    rest = inside % per_group
+    return first + start + rest % height, rest // height
 
 
 @triton.jit
@@ -97,13 +107,14 @@ def _gate_up_tile(
 @triton.jit
 def gate_up_kernel(
     x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
-    BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    HEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """act[position, i] = silu(x @ gate.T) * (x @ up.T).
 
-    w_desc: [experts * 2 * intermediate, hidden], gate above up; w_pair_desc: the same as [experts * 2, intermediate, hidden].
-    A tile of at most SMALL_M rows (0: no such class) is computed at that height.
+    w_desc: [experts * 2 * intermediate, hidden], gate above up; w_pair_desc: the same memory as
+    [experts * 2, intermediate, hidden].
+    HEIGHTS: tuple of tile heights, falling; a tile is computed at the least that holds its rows.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -111,26 +122,25 @@ def gate_up_kernel(
     num_tiles = tl.load(num_tiles_ptr)
     n_blocks = tl.cdiv(intermediate, BLOCK_N)
     for index in tl.range(tl.program_id(0), num_tiles * n_blocks, tl.num_programs(0), flatten=FLATTEN):
-        tile, block_n = _locate(index, num_tiles, n_blocks, GROUP_M)
-        entry = tiles_ptr + 4 * tile
+        tile, block_n = _locate(index, tiles_ptr, n_blocks, GROUP_M)
+        entry = tiles_ptr + TILE_FIELDS * tile
         expert = tl.load(entry)
         start = tl.load(entry + 1)
         rows = tl.load(entry + 2)
-        if SMALL_M == 0:
+        if len(HEIGHTS) == 1:
             _gate_up_tile(
-                x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n, hidden, intermediate,
-                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K,
-            )  # fmt: skip
-        elif rows <= SMALL_M:
-            _gate_up_tile(
-                x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n, hidden, intermediate,
-                SMALL_M, BLOCK_N, BLOCK_K, True, EVEN_K,
+                x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n,
+                hidden, intermediate,
+                HEIGHTS[0], BLOCK_N, BLOCK_K, SWAP, EVEN_K,
             )  # fmt: skip
         else:
-            _gate_up_tile(
-                x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n, hidden, intermediate,
-                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K,
-            )  # fmt: skip
+            for step in tl.static_range(len(HEIGHTS)):
+                if (rows <= HEIGHTS[step]) & (rows > (HEIGHTS[step + 1] if step + 1 < len(HEIGHTS) else 0)):
+                    _gate_up_tile(
+                        x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n,
+                        hidden, intermediate,
+                        HEIGHTS[step], BLOCK_N, BLOCK_K, SWAP or step > 0, EVEN_K,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -164,46 +174,45 @@ def _down_tile(
 @triton.jit
 def down_kernel(
     act_ptr, act_desc, w_desc, w_ptr, out_ptr, out_stride, order_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
-    BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    HEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr, ACT_TMA: tl.constexpr,
     PREFETCH_PARTS: tl.constexpr, PREFETCH_BYTES: tl.constexpr,
 ):  # fmt: skip
     """out[pair] = act[position of pair] @ w.T; w_desc: [experts * hidden, intermediate], w_ptr the same memory.
 
-    With PDL the program starts while gate_up_kernel still runs: the tile list is ready (gate_up_kernel lets dependents start
-    only after it has waited for it), the activations are not. The start of the first tile's weight rows, PREFETCH_PARTS *
-    PREFETCH_BYTES each (0: none), travels to L2 in that time.
+    With PDL the program starts while gate_up_kernel still runs: the tile list is ready (gate_up_kernel lets dependents
+    start only after it has waited for it), the activations are not. The start of the first tile's weight rows,
+    PREFETCH_PARTS * PREFETCH_BYTES each (0: none), travels to L2 in that time.
     """
     num_tiles = tl.load(num_tiles_ptr)
     n_blocks = tl.cdiv(hidden, BLOCK_N)
     if PDL:
-        if PREFETCH_BYTES:
+        if PREFETCH_BYTES:  # noqa: SIM102 - this one is decided by the compiler
             if tl.program_id(0) < num_tiles * n_blocks:
-                tile, block_n = _locate(tl.program_id(0), num_tiles, n_blocks, GROUP_M)
-                w_row = tl.load(tiles_ptr + 4 * tile) * hidden + block_n * BLOCK_N
+                tile, block_n = _locate(tl.program_id(0), tiles_ptr, n_blocks, GROUP_M)
+                w_row = tl.load(tiles_ptr + TILE_FIELDS * tile) * hidden + block_n * BLOCK_N
                 row_bytes = intermediate * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
                 first = w_ptr.to(tl.pointer_type(tl.uint8)) + w_row.to(tl.int64) * row_bytes
                 _prefetch_l2(first, row_bytes, BLOCK_N, PREFETCH_PARTS, PREFETCH_BYTES)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for index in tl.range(tl.program_id(0), num_tiles * n_blocks, tl.num_programs(0), flatten=FLATTEN):
-        tile, block_n = _locate(index, num_tiles, n_blocks, GROUP_M)
-        entry = tiles_ptr + 4 * tile
+        tile, block_n = _locate(index, tiles_ptr, n_blocks, GROUP_M)
+        entry = tiles_ptr + TILE_FIELDS * tile
         w_row = tl.load(entry) * hidden + block_n * BLOCK_N
         start = tl.load(entry + 1)
         rows = tl.load(entry + 2)
-        if SMALL_M == 0:
+        if len(HEIGHTS) == 1:
             _down_tile(
-                act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n, hidden, intermediate,
-                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K, ACT_TMA,
-            )  # fmt: skip
-        elif rows <= SMALL_M:
-            _down_tile(
-                act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n, hidden, intermediate,
-                SMALL_M, BLOCK_N, BLOCK_K, True, EVEN_K, False,
+                act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n,
+                hidden, intermediate,
+                HEIGHTS[0], BLOCK_N, BLOCK_K, SWAP, EVEN_K, ACT_TMA,
             )  # fmt: skip
         else:
-            _down_tile(
-                act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n, hidden, intermediate,
-                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K, ACT_TMA,
-            )  # fmt: skip
+            for step in tl.static_range(len(HEIGHTS)):
+                if (rows <= HEIGHTS[step]) & (rows > (HEIGHTS[step + 1] if step + 1 < len(HEIGHTS) else 0)):
+                    _down_tile(
+                        act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n,
+                        hidden, intermediate,
+                        HEIGHTS[step], BLOCK_N, BLOCK_K, SWAP or step > 0, EVEN_K, ACT_TMA and step == 0,
+                    )  # fmt: skip

@@ -1,8 +1,8 @@
 """Group (row, expert) pairs by expert into row tiles, on the device and without a synchronisation.
 
-The grouped GEMMs walk a tile list: which expert, where its pairs start in the grouped order, how many rows. Everything here
-is sized by the number of pairs alone, so a CUDA graph can capture it. The order of the pairs *within* an expert is left to
-atomics, hence not reproducible; it may be, because a row's bits do not depend on its position (tests hold this).
+The grouped GEMMs walk a tile list: which expert, where its pairs start in the grouped order, how many rows. Everything
+here is sized by the number of pairs alone, so a CUDA graph can capture it. The order of the pairs *within* an expert is
+left to atomics, hence not reproducible; it may be, because a row's bits do not depend on its place (tests hold this).
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
+TILE_FIELDS = tl.constexpr(8)
+"""Size of a tile's entry: expert, first grouped position, rows, the expert's first tile, its tile count, unused."""
 
 SINGLE_PROGRAM_PAIRS = 2048
 """Up to here one program does everything in one launch; above, three launches spread over the device."""
@@ -27,7 +30,9 @@ def _count(experts_ptr, rank_ptr, counts_ptr, pairs, first, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _list_tiles(counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+def _list_tiles(
+    counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr
+):
     expert = tl.arange(0, EXPERTS)
     valid = expert < num_experts
     count = tl.load(counts_ptr + expert, mask=valid, other=0)
@@ -38,15 +43,19 @@ def _list_tiles(counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts, 
     tl.store(counts_ptr + expert, tl.zeros_like(count), mask=valid)  # ready for the next call
     tl.store(num_tiles_ptr, tl.sum(tiles))
     for part in range(tl.max(tiles)):
-        entry = tiles_ptr + 4 * (tile + part)
+        entry = tiles_ptr + TILE_FIELDS * (tile + part)
         here = part < tiles
         tl.store(entry, expert, mask=here)
         tl.store(entry + 1, offset + part * BLOCK_M, mask=here)
         tl.store(entry + 2, tl.minimum(count - part * BLOCK_M, BLOCK_M), mask=here)
+        tl.store(entry + 3, tile, mask=here)
+        tl.store(entry + 4, tiles, mask=here)
 
 
 @triton.jit
-def _place(experts_ptr, rows_ptr, rank_ptr, offsets_ptr, order_ptr, sorted_rows_ptr, pairs, top_k, first, BLOCK: tl.constexpr):
+def _place(
+    experts_ptr, rows_ptr, rank_ptr, offsets_ptr, order_ptr, sorted_rows_ptr, pairs, top_k, first, BLOCK: tl.constexpr
+):
     pair = first + tl.arange(0, BLOCK)
     expert = tl.load(experts_ptr + pair, mask=pair < pairs, other=-1)
     local = expert >= 0
@@ -100,7 +109,7 @@ class Grouping:
     """The grouped order of `pairs` pairs, device tensors, int32.
 
     order: [pairs], grouped position -> pair.  rows: [pairs], grouped position -> row of the hidden states.
-    tiles: [max_tiles, 4], (expert, first grouped position, rows, unused) per tile; only the first num_tiles are set.
+    tiles: [max_tiles, TILE_FIELDS], see TILE_FIELDS; only num_tiles are set, an expert's tiles follow each other.
     num_tiles: [1]. Positions past the local pairs (expert -1) are not set.
     """
 
@@ -134,7 +143,13 @@ class PairGrouper:
         """
         pairs = experts.numel()
         max_tiles = min(pairs, pairs // block_m + self.num_experts)
-        sizes = (pairs, pairs, pairs, 4 * max_tiles, 1)  # one allocation each: a view could be less aligned
+        sizes = (
+            pairs,
+            pairs,
+            pairs,
+            TILE_FIELDS.value * max_tiles,
+            1,
+        )  # not views of one: those are less aligned
         rank, order, sorted_rows, tiles, num_tiles = (experts.new_empty(size) for size in sizes)
         shape = {"EXPERTS": triton.next_power_of_2(self.num_experts), "BLOCK_M": block_m}
         rows_arg = experts if rows is None else rows
@@ -154,4 +169,4 @@ class PairGrouper:
             _place_kernel[grid](
                 experts, rows_arg, rank, self._offsets, order, sorted_rows, pairs, top_k, BLOCK=block
             )  # fmt: skip
-        return Grouping(order, sorted_rows, tiles.view(max_tiles, 4), num_tiles, block_m)
+        return Grouping(order, sorted_rows, tiles.view(max_tiles, TILE_FIELDS.value), num_tiles, block_m)

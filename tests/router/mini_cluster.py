@@ -24,6 +24,16 @@ from router.frontend import Frontend
 DEADLINE_S = 60.0
 
 
+def wait_for(condition):
+    """Look every 10 ms until it is so."""
+    pause = threading.Event()
+    for _ in range(int(DEADLINE_S * 100)):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not happen")
+
+
 class Server:
     """One expert server: thread and socket. `gate` holds its computations while it is cleared."""
 
@@ -82,6 +92,7 @@ class MiniCluster:
         self.publish()
         self.thread = threading.Thread(target=self.engine.run, daemon=True)
         self.thread.start()
+        wait_for(lambda: len(self.exchange.dispatcher.health) == n)
 
     def holders(self, layer, expert):
         return [(layer + expert + i) % self.n for i in range(self.replication)]

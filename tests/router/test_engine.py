@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from tests import tiny
-from tests.router.mini_cluster import Client, MiniCluster
+from tests.router.mini_cluster import Client, MiniCluster, wait_for
 
 # a compute thread that "dies" ends with SystemExit
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -92,15 +92,6 @@ def test_all_holders_gone_parks_requests_until_one_is_back(cluster, client, refe
     wait_for(lambda: cluster.engine.gauges()["requests_parked"] > 0)
     cluster.restart(0)
     assert client.until_ended(len(PROMPTS)) == reference
-
-
-def wait_for(condition):
-    deadline = threading.Event()
-    for _ in range(6000):
-        if condition():
-            return
-        deadline.wait(0.01)
-    raise AssertionError("it did not happen")
 
 
 def test_a_replica_that_is_back_before_other_rows_are_done_is_used(cluster, client, reference):
