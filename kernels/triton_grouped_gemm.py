@@ -1,7 +1,8 @@
 """The two grouped GEMMs of an expert FFN: gate/up with SwiGLU, and down.
 
 Every output element is one accumulator that runs over K in ascending order, 16 at a time, whatever the tile: no
-split-K, no second accumulator. That is why a row's bits depend neither on the number of rows nor on the tile that computes it.
+split-K, no second accumulator. That is why a row's bits depend neither on the number of rows nor on the tile that
+computes it.
 
 `SWAP` makes the weights the left operand (their rows are the 64 rows of a wgmma, the tokens its width of 8 to 256): a
 tile of 16 tokens then costs no padding to 64. Weights come through TMA descriptors; token rows are gathered by pointer,

@@ -1,0 +1,32 @@
+"""PyTorch reference of the Triton kernels: plain loops in the arithmetic's widest type."""
+
+from __future__ import annotations
+
+import torch
+
+
+def expert_ffn(
+    hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)) of each (row, expert) pair, in float64: [pairs, hidden]; NaN where the expert is -1.
+
+    w13: [experts, 2 * intermediate, hidden], gate above up; w2: [experts, hidden, intermediate].
+    """
+    out = torch.full((experts.numel(), w2.shape[1]), float("nan"), dtype=torch.float64, device=hidden_states.device)
+    for pair, (expert, row) in enumerate(zip(experts.tolist(), rows.tolist(), strict=True)):
+        if expert >= 0:
+            gate, up = (w13[expert].double() @ hidden_states[row].double()).chunk(2)
+            out[pair] = w2[expert].double() @ (torch.nn.functional.silu(gate) * up)
+    return out
+
+
+def combine(pair_rows: torch.Tensor, topk_weights: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply and add in top-k order in float32, as the router does; pairs whose expert is negative count as zeros."""
+    rows, top_k = topk_weights.shape
+    values = pair_rows.float().view(rows, top_k, -1)
+    if experts is not None:
+        values = torch.where(experts.view(rows, top_k, 1) >= 0, values, 0.0)
+    total = torch.zeros_like(values[:, 0])
+    for slot in range(top_k):
+        total += topk_weights[:, slot, None] * values[:, slot]
+    return total.to(pair_rows.dtype)

@@ -1,0 +1,69 @@
+"""Which tile each regime gets. Any choice gives the same bits; docs/kernels.md has the measurements behind these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one GEMM is cut.
+
+    block_n, block_k: weight rows (of gate, and as many of up) and depth per step.
+    swap: weights are the left operand.  group_m: tiles of an expert that share a weight block before the next one.
+    lower: further tile heights below the common one, falling; a tile is computed, swapped, at the least that fits it.
+    flatten: the loads of a program's next item start under the last one (not with lower).
+    act_tma: down reads activations through TMA.
+    programs_per_sm: 0 for one program per work item, else a grid that strides over the items.
+    prefetch_bytes: how much of each weight row down asks for under PDL while gate/up still runs; a grid's must fit L2.
+    """
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    swap: bool = True
+    group_m: int = 1
+    lower: tuple[int, ...] = ()
+    flatten: bool = False
+    act_tma: bool = False
+    programs_per_sm: int = 0
+    prefetch_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class FFNTiling:
+    """Tile height in rows, how both GEMMs are cut; pdl starts a kernel while the one before it drains."""
+
+    block_m: int
+    gate_up: Tiling
+    down: Tiling
+    pdl: bool = False
+
+
+_ONE_PAIR = FFNTiling(16, Tiling(16, 256, 2, 4, swap=False), Tiling(64, 128, 4, 4))
+_FEW_PAIRS = FFNTiling(16, _ONE_PAIR.gate_up, Tiling(64, 128, 4, 4, prefetch_bytes=512), pdl=True)
+_UP_TO_6 = FFNTiling(16, Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 4, act_tma=True))
+_UP_TO_20 = FFNTiling(32, Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 4, act_tma=True))
+_UP_TO_90 = FFNTiling(
+    128,
+    Tiling(64, 64, 4, 3, swap=False, group_m=8, lower=(64, 32)),
+    Tiling(128, 64, 4, 3, swap=False, group_m=8, lower=(64, 32), act_tma=True),
+)
+_UP_TO_180 = FFNTiling(128, Tiling(128, 64, 8, 4, swap=False, group_m=8, lower=(64, 32)), _UP_TO_90.down)
+_LARGE = FFNTiling(
+    128,
+    Tiling(128, 64, 8, 4, swap=False, group_m=8, flatten=True, programs_per_sm=1),
+    Tiling(256, 64, 8, 4, swap=False, group_m=8, flatten=True, act_tma=True, programs_per_sm=1),
+)
+_BY_MEAN_ROWS = ((6, _UP_TO_6), (20, _UP_TO_20), (90, _UP_TO_90), (180, _UP_TO_180))
+
+
+def choose_tiling(pairs: int, num_experts: int) -> FFNTiling:
+    """The tiling for `pairs` pairs over `num_experts` local experts, by the mean number of rows per expert."""
+    if pairs <= 8:
+        return _ONE_PAIR if pairs < 4 else _FEW_PAIRS
+    for limit, tiling in _BY_MEAN_ROWS:
+        if pairs <= limit * num_experts:
+            return tiling
+    return _LARGE
