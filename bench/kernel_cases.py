@@ -22,7 +22,7 @@ class Shape:
     top_k: int
 
     def weights(self, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """w13 [local, 2 * intermediate, hidden] and w2 [local, hidden, intermediate], scaled so that rows keep their size."""
+        """w13 [local, 2 * intermediate, hidden] and w2 [local, hidden, intermediate]; rows keep their size."""
         generator = torch.Generator(DEVICE).manual_seed(seed)
         w13 = torch.empty(self.local, 2 * self.intermediate, self.hidden, dtype=DTYPE, device=DEVICE)
         w2 = torch.empty(self.local, self.hidden, self.intermediate, dtype=DTYPE, device=DEVICE)
@@ -46,8 +46,8 @@ SHAPES = {
 class Case:
     """One batch: hidden [rows, hidden]; ids [rows, top_k] int32, local index or -1; weights [rows, top_k] float32.
 
-    experts, pair_rows [pairs] int32: expert and row of each *local* pair; slots [pairs] int64: its place in ids.view(-1);
-    order [pairs] int64 sorts the pairs by expert; counts [local]: pairs per expert, on the host.
+    experts, pair_rows [pairs] int32: expert and row of each *local* pair; slots [pairs] int64: its place in
+    ids.view(-1); order [pairs] int64 sorts the pairs by expert; counts [local]: pairs per expert, on the host.
     """
 
     shape: Shape
@@ -62,18 +62,27 @@ class Case:
 
     @property
     def pairs(self) -> int:
+        """Local pairs."""
         return self.experts.numel()
 
     @property
     def bytes_moved(self) -> int:
-        """Weights of the touched experts once, rows in and unsummed rows out."""
-        shape = self.shape
-        touched = sum(1 for count in self.counts if count)
-        weights = touched * 3 * shape.hidden * shape.intermediate
-        return 2 * (weights + self.hidden.numel() + self.pairs * shape.hidden)
+        """Weights of the touched experts once in bf16, rows in and unsummed rows out."""
+        return 2 * self.touched * 3 * self.shape.hidden * self.shape.intermediate + self.row_bytes
+
+    @property
+    def touched(self) -> int:
+        """Experts with a pair."""
+        return sum(1 for count in self.counts if count)
+
+    @property
+    def row_bytes(self) -> int:
+        """Rows in and unsummed rows out."""
+        return 2 * (self.hidden.numel() + self.pairs * self.shape.hidden)
 
     @property
     def operations(self) -> int:
+        """Multiplications and additions of the three products."""
         return 6 * self.pairs * self.shape.hidden * self.shape.intermediate
 
 

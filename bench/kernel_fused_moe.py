@@ -1,7 +1,7 @@
-"""Adapters to vLLM's and SGLang's fused MoE kernels: their own Triton source and host functions, taken from files of theirs.
+"""Adapters to vLLM's and SGLang's fused MoE kernels: their own Triton source and host functions.
 
-Neither package is imported (each needs an installation of its own): the named functions are cut out of the file that --peers
-points to, with the tile choices they ship beside it.
+Neither package is imported (each needs an installation of its own): the named functions are cut out of the file that
+--peers points to, with the tile choices they ship beside it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class FusedMoe:
         return torch.ops._moe_C
 
     def tile_choices(self, case: Case, default: dict[str, Any]) -> list[dict[str, Any]]:
-        """The shipped choice for this shape and card, else the default and those shipped for Qwen's shape at like loads."""
+        """The shipped choice for this shape and card, else the default and those shipped for Qwen's at like loads."""
         card = torch.cuda.get_device_name().replace(" ", "_")
         shape, rows = case.shape, case.hidden.shape[0]
         exact = self._shipped(shape.local, shape.intermediate, card)
@@ -95,7 +95,7 @@ class FusedMoe:
         like = self._shipped(128, 768, card) or self._shipped(128, 768, "NVIDIA_H200")
         touched = max(sum(1 for count in case.counts if count), 1)
         load = case.pairs / touched * 128 / 8 if case.pairs > touched else 1
-        keys = sorted(like, key=lambda key: abs(key - load))[:3]
+        keys = sorted(like, key=lambda key: abs(key - load))[:2]
         return [(key, like[key]) for key in keys]
 
     def _shipped(self, experts: int, intermediate: int, card: str) -> dict[int, dict[str, Any]]:
@@ -142,6 +142,7 @@ class VLLM(FusedMoe):
         self.w13, self.w2 = w13, w2
 
     def variants(self, case: Case) -> Sequence[Any]:
+        """Tile choices to try; the fastest counts."""
         shape, rows = case.shape, case.hidden.shape[0]
         default = self.module.get_default_config(rows, shape.local, shape.intermediate, shape.hidden, shape.top_k, None)
         naive = case.pairs == case.ids.numel() and case.pairs * 4 <= shape.local
@@ -150,11 +151,12 @@ class VLLM(FusedMoe):
         ]
 
     def prepare(self, case: Case, variant: Any) -> Run:
+        """Inputs and outputs of one batch, and the calls to time."""
         choice = {key: value for key, value in variant[0].items() if key != "SPLIT_K"}
         block, top_k, pairs = choice["BLOCK_SIZE_M"], case.shape.top_k, case.ids.numel()
         both, act = poisoned(pairs, 1, self.w13.shape[1]), poisoned(pairs, self.w2.shape[2])
         out, total = poisoned(pairs, 1, self.w2.shape[1]), poisoned(case.hidden.shape[0], self.w2.shape[1])
-        host = self.align(case, block)
+        host: Any = self.align(case, block)
         if variant[1]:
             host = (None, case.ids.view(-1), torch.tensor([pairs * block], dtype=torch.int32, device="cuda"))
 
@@ -197,12 +199,14 @@ class SGLang(FusedMoe):
         self.w13, self.w2 = interleaved.contiguous(), w2
 
     def variants(self, case: Case) -> Sequence[Any]:
-        block_k = dict(BLOCK_SIZE_M=64, BLOCK_SIZE_N=64, BLOCK_SIZE_K=32, GROUP_SIZE_M=8)
+        """Tile choices to try; the fastest counts."""
+        default = dict(BLOCK_SIZE_M=64, BLOCK_SIZE_N=64, BLOCK_SIZE_K=32, GROUP_SIZE_M=8)
         if case.hidden.shape[0] <= case.shape.local:
-            block_k = dict(BLOCK_SIZE_M=16, BLOCK_SIZE_N=32, BLOCK_SIZE_K=64, GROUP_SIZE_M=1)
-        return self.tile_choices(case, block_k)
+            default = dict(BLOCK_SIZE_M=16, BLOCK_SIZE_N=32, BLOCK_SIZE_K=64, GROUP_SIZE_M=1)
+        return self.tile_choices(case, default)
 
     def prepare(self, case: Case, variant: Any) -> Run:
+        """Inputs and outputs of one batch, and the calls to time."""
         choice = {key: value for key, value in variant.items() if key != "USE_TMA"}
         tma, block, top_k, pairs = (
             bool(variant.get("USE_TMA")),

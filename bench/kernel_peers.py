@@ -1,12 +1,13 @@
 """Adapters to the grouped expert FFNs that others wrote, as far as this machine has them.
 
-A peer is built for one pair of weights and raises `Absent` with the reason. `prepare(case, variant)` returns what to time.
-The core of every peer is two GEMMs and the activation on rows grouped beforehand; `full` goes from ids to combined rows.
-Peers without a fused activation get one Triton kernel for it. None of the peers' files are part of this repository.
+A peer is built for one pair of weights and raises `Absent` with the reason. `prepare(case, variant)` returns what to
+time. The core of every peer is two GEMMs and the activation on rows grouped beforehand; `full` goes from ids to
+combined rows. Peers without a fused activation get one Triton kernel for it. None of their files are part of this repository.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ def silu_mul(x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def poisoned(*shape: int) -> torch.Tensor:
+    """A bf16 tensor of NaN, so that what a kernel leaves out shows."""
     return torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
 
 
@@ -60,9 +62,11 @@ class CublasLoop:
         self.w13, self.w2 = w13, w2
 
     def variants(self, case: Case) -> Sequence[Any]:
+        """Tile choices to try; the fastest counts."""
         return [None]
 
     def prepare(self, case: Case, variant: Any) -> Run:
+        """Inputs and outputs of one batch, and the calls to time."""
         x = case.hidden[case.pair_rows.long()[case.order]]
         both, act = poisoned(case.pairs, self.w13.shape[1]), poisoned(case.pairs, self.w2.shape[2])
         out = poisoned(case.pairs, self.w2.shape[1])
@@ -98,9 +102,11 @@ class GroupedMM:
         self.w13, self.w2 = w13.transpose(1, 2), w2.transpose(1, 2)
 
     def variants(self, case: Case) -> Sequence[Any]:
+        """Tile choices to try; the fastest counts."""
         return [None]
 
     def prepare(self, case: Case, variant: Any) -> Run:
+        """Inputs and outputs of one batch, and the calls to time."""
         x = case.hidden[case.pair_rows.long()[case.order]]
         ends = torch.tensor(case.counts, device="cuda").cumsum(0).to(torch.int32)
         act = poisoned(case.pairs, self.w2.shape[1])
@@ -120,7 +126,9 @@ class TritonKernels:
         if directory is not None and str(directory) not in sys.path:
             sys.path.insert(0, str(directory))
         try:
-            from triton_kernels import matmul_ogs, specialize, tensor
+            matmul_ogs, specialize, tensor = (
+                importlib.import_module(f"triton_kernels.{name}") for name in ("matmul_ogs", "specialize", "tensor")
+            )
         except ImportError as error:
             raise Absent(str(error)) from error
         self.ogs, self.tensor = matmul_ogs, tensor
@@ -129,9 +137,11 @@ class TritonKernels:
         self.activation = matmul_ogs.FusedActivation(specialize.FnSpecs("silu", _silu_pairs, (), reduction_n=2), ())
 
     def variants(self, case: Case) -> Sequence[Any]:
+        """Tile choices to try; the fastest counts."""
         return [None]
 
     def prepare(self, case: Case, variant: Any) -> Run:
+        """Inputs and outputs of one batch, and the calls to time."""
         counts = torch.tensor(case.counts, dtype=torch.int32, device="cuda")
         ragged = self.tensor.make_ragged_tensor_metadata(counts, case.pairs)
         routing = self.ogs.RoutingData(None, ragged.block_sizes if hasattr(ragged, "block_sizes") else counts,
@@ -162,7 +172,7 @@ class DeepGEMM:
         if directory is not None and str(directory) not in sys.path:
             sys.path.insert(0, str(directory))
         try:
-            import deep_gemm
+            deep_gemm = importlib.import_module("deep_gemm")
         except Exception as error:
             raise Absent(str(error)) from error
         self.gemm = deep_gemm.m_grouped_bf16_gemm_nt_contiguous
@@ -170,9 +180,11 @@ class DeepGEMM:
         self.w13, self.w2 = w13, w2
 
     def variants(self, case: Case) -> Sequence[Any]:
+        """Tile choices to try; the fastest counts."""
         return [None]
 
     def prepare(self, case: Case, variant: Any) -> Run:
+        """Inputs and outputs of one batch, and the calls to time."""
         padded = [-(-count // self.align) * self.align for count in case.counts]
         group = torch.full((sum(padded),), -1, dtype=torch.int32)
         place = torch.empty(case.pairs, dtype=torch.int64)

@@ -2,9 +2,9 @@
 
     python -m bench.kernels --peers DIR --out results.json
 
-R distinct batches and routings of a cell are captured in one CUDA graph; a pass is the median of a few replays with the L2
-flushed, divided by R; a figure is the median of three passes that go round all peers. Byte floor: weights of the touched
-experts, rows in and out, over the card's measured read rate. Operation floor: over its sustained bf16 rate.
+R distinct batches and routings of a cell are captured in one CUDA graph; a pass is the median of a few replays with the
+L2 flushed, divided by R; a figure is the median of three passes that go round all peers. Byte floor: weights of the
+touched experts, rows in and out, over the card's measured read rate. Operation floor: over its sustained bf16 rate.
 """
 
 from __future__ import annotations
@@ -12,122 +12,36 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from bench.kernel_cases import SHAPES, Case, Shape, make_case, reference_error
+from bench.kernel_clock import Clock, ceilings
 from bench.kernel_fused_moe import VLLM, SGLang
+from bench.kernel_ours import DenseCublas, Ours, quantized, quantized_bytes, quantized_run
 from bench.kernel_peers import Absent, CublasLoop, DeepGEMM, GroupedMM, Run, TritonKernels
-from kernels.triton_combine import combine
-from kernels.triton_expert_ffn import GroupedExperts
-from kernels.triton_tiling import choose_tiling
 
 ROWS = {"qwen": (1, 8, 64, 256, 1024, 4096, 16384), "mixtral": (1, 8, 64, 256, 1024, 16384),
         "dsv3": (1, 8, 64, 256, 1024, 4096, 16384)}  # fmt: skip
 PASSES = 3
-PEERS: dict[str, Callable[..., Any]] = {
+QUANTIZED_ROWS = (1, 8, 64, 256)
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "ours": Ours,
     "vLLM": VLLM,
     "SGLang": SGLang,
     "triton_kernels": TritonKernels,
     "grouped_mm": GroupedMM,
     "DeepGEMM": DeepGEMM,
     "cuBLAS loop": CublasLoop,
+    "dense cuBLAS": DenseCublas,
 }
-
-
-class Ours:
-    """This repository's kernels behind the interface of a peer."""
-
-    def __init__(self, w13: torch.Tensor, w2: torch.Tensor, directory: Path | None) -> None:
-        self.experts = GroupedExperts(w13, w2)
-
-    def variants(self, case: Case) -> Sequence[Any]:
-        return [choose_tiling(case.pairs, self.experts.num_experts)]
-
-    def prepare(self, case: Case, variant: Any) -> Run:
-        ours, ids = self.experts, case.ids.view(-1)
-        grouping = ours._grouper.group(case.experts, case.pair_rows, 1, variant.block_m)
-        act = torch.full((case.pairs, ours.intermediate), float("nan"), dtype=torch.bfloat16, device="cuda")
-        out = torch.full((case.pairs, ours.hidden), float("nan"), dtype=torch.bfloat16, device="cuda")
-
-        def core() -> None:
-            ours.gate_up(case.hidden, grouping, act, variant)
-            ours.down(act, grouping, out, variant)
-
-        local = case.pairs == ids.numel()
-
-        def full() -> None:
-            rows = ours.forward(case.hidden, ids, top_k=case.shape.top_k, tiling=variant)
-            combine(rows, case.weights, None if local else ids)
-
-        return Run(core, lambda: out, full)
-
-
-@triton.jit
-def _read_kernel(source_ptr, sink_ptr, elements, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.int32)
-    for start in range(tl.program_id(0) * 4 * BLOCK, elements, tl.num_programs(0) * 4 * BLOCK):
-        for part in tl.static_range(4):
-            total ^= tl.load(source_ptr + start + part * BLOCK + tl.arange(0, BLOCK))
-    if tl.sum(total) == 123456789:  # never: the sum keeps the loads alive
-        tl.store(sink_ptr, 1)
-
-
-class Clock:
-    """Times CUDA graphs with a cold L2."""
-
-    def __init__(self) -> None:
-        self._flush = torch.zeros(1 << 26, dtype=torch.int32, device="cuda")
-
-    def graph(self, calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for call in calls:
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        return graph
-
-    def replay_us(self, graph: torch.cuda.CUDAGraph, times: int) -> float:
-        samples = []
-        for _ in range(times):
-            self._flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            samples.append(start.elapsed_time(end) * 1e3)
-        return statistics.median(samples)
-
-
-def ceilings(clock: Clock) -> dict[str, float]:
-    """The card's read rate (bytes per µs) and bf16 rates (operations per µs), burst and sustained."""
-    elements = 1 << 29
-    source = torch.randint(0, 100, (elements,), dtype=torch.int32, device="cuda")
-    sink = torch.zeros(1, dtype=torch.int32, device="cuda")
-    reads = [
-        clock.replay_us(
-            clock.graph([lambda p=programs, b=block: _read_kernel[(132 * p,)](source, sink, elements, BLOCK=b)]), 5
-        )
-        for programs, block in ((8, 1024), (4, 2048), (8, 2048))
-    ]
-    del source
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    burst = clock.replay_us(clock.graph([lambda: a @ b]), 5)
-    sustained = clock.replay_us(clock.graph([lambda: a @ b] * 60), 2) / 60
-    return {"read": 4 * elements / min(reads), "burst": 2 * 8192**3 / burst, "sustained": 2 * 8192**3 / sustained}
 
 
 @dataclass
@@ -222,14 +136,86 @@ def show(cell: dict[str, Any], names: Sequence[str]) -> str:
     return " | ".join(parts)
 
 
+def build(shape: Shape, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """The implementations found for a shape, and its weights."""
+    weights = shape.weights()
+    found: dict[str, Any] = {}
+    for label, make in IMPLEMENTATIONS.items():
+        if options.only and label not in options.only:
+            continue
+        try:
+            found[label] = make(*weights, options.peers)
+        except Absent as reason:
+            print(f"{shape.name}: {label} absent: {reason}", flush=True)
+    return found, weights
+
+
+def rows_of(shape: Shape, options: argparse.Namespace) -> list[int]:
+    """The row counts asked for."""
+    return [rows for rows in ROWS[shape.name] if not options.rows or rows in options.rows]
+
+
+def compile_only(options: argparse.Namespace) -> None:
+    """Run everything once, so that what compiles at run time is in its cache."""
+    for name in options.shapes:
+        found, _ = build(SHAPES[name], options)
+        for rows in rows_of(SHAPES[name], options):
+            case = make_case(SHAPES[name], rows, 1)
+            for peer in found.values():
+                for variant in peer.variants(case):
+                    try:
+                        run = peer.prepare(case, variant)
+                        run.core()
+                        torch.cuda.synchronize()
+                    except Exception as failure:  # the measuring process reports it
+                        print(name, rows, type(failure).__name__, flush=True)
+
+
+def compile_in_parallel(options: argparse.Namespace) -> None:
+    """One process for each shape and implementation, a few at a time."""
+    common = [sys.executable, "-m", "bench.kernels", "--compile-only"]
+    if options.peers:
+        common += ["--peers", str(options.peers)]
+    if options.rows:
+        common += ["--rows", *map(str, options.rows)]
+    labels = options.only or list(IMPLEMENTATIONS)
+    commands = [[*common, "--shapes", name, "--only", label] for name in options.shapes for label in labels]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda command: subprocess.run(command, check=False, capture_output=True), commands))
+
+
+def quantized_cells(shape: Shape, clock: Clock, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """fp8 and MXFP4 decode, ours alone."""
+    cells = []
+    for kind in ("fp8", "mxfp4"):
+        experts = quantized(shape, kind)
+        for rows in QUANTIZED_ROWS:
+            cases = [make_case(shape, rows, seed) for seed in range(1, 9)]
+            runs = [quantized_run(experts, case) for case in cases]
+            graph = clock.graph([run.core for run in runs])
+            us = statistics.median(clock.replay_us(graph, 5) / len(cases) for _ in range(PASSES))
+            floor = statistics.mean(quantized_bytes(experts, case) for case in cases) / rates["read"]
+            cells.append({"shape": shape.name, "weights": kind, "rows": rows, "byte_floor_us": floor, "core_us": us})
+            print(f"{kind} {shape.name} {rows:5d} floor {floor:.1f} ours {us:.1f} ({floor / us:.2f})", flush=True)
+    return cells
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure and print; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="directory with peers' files that are not installed")
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, help="only these row counts")
-    parser.add_argument("--only", nargs="+", help="only these implementations")
+    parser.add_argument("--only", nargs="+", choices=list(IMPLEMENTATIONS), help="only these implementations")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--jobs", type=int, default=0, help="compile in so many processes first")
+    parser.add_argument("--compile-only", action="store_true", help="run everything once and measure nothing")
     options = parser.parse_args(argv)
+    if options.compile_only:
+        compile_only(options)
+        return
+    if options.jobs:
+        compile_in_parallel(options)
     clock = Clock()
     rates = ceilings(clock)
     print(f"{torch.cuda.get_device_name()}: read {rates['read'] / 1e6:.2f} TB/s, bf16 burst {rates['burst'] / 1e6:.0f} "
@@ -237,26 +223,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells = []
     for name in options.shapes:
         shape = SHAPES[name]
-        weights = shape.weights()
-        peers: dict[str, Any] = {}
-        for label, build in {"ours": Ours, **PEERS}.items():
-            if options.only and label not in options.only:
-                continue
-            try:
-                peers[label] = build(*weights, options.peers)
-            except Absent as reason:
-                print(f"{name}: {label} absent: {reason}", flush=True)
-        for rows in ROWS[name]:
-            if options.rows and rows not in options.rows:
-                continue
-            cells.append(row_of(shape, rows, *measure(shape, rows, peers, weights, clock), rates))
-            print(show(cells[-1], list(peers)), flush=True)
+        found, weights = build(shape, options)
+        for rows in rows_of(shape, options):
+            cells.append(row_of(shape, rows, *measure(shape, rows, found, weights, clock), rates))
+            print(show(cells[-1], list(found)), flush=True)
             torch.cuda.empty_cache()
-        del peers, weights
+        del found, weights
+    compressed = [] if options.only else [c for n in options.shapes for c in quantized_cells(SHAPES[n], clock, rates)]
     if options.out:
-        options.out.write_text(
-            json.dumps({"card": torch.cuda.get_device_name(), "rates": rates, "cells": cells}, indent=1)
-        )
+        result = {"card": torch.cuda.get_device_name(), "rates": rates, "cells": cells, "quantized": compressed}
+        options.out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

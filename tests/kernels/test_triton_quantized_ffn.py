@@ -1,0 +1,109 @@
+"""The kernels on fp8 and MXFP4 weights against the float64 reference on the weights they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.triton_quantized_ffn import (
+    QuantizedExperts,
+    QuantizedTiling,
+    QuantizedWeight,
+    choose_quantized_tiling,
+    pack_mxfp4,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = 6e-3 if DEVICE == "cuda" else 1.2e-2  # the interpreter truncates to bf16 where a GPU rounds
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+Made = tuple[QuantizedWeight, torch.Tensor]
+
+
+def fp8(experts: int, rows: int, depth: int) -> Made:
+    """An fp8 weight and the float64 matrix it stands for."""
+    generator = torch.Generator().manual_seed(rows + depth)
+    data = (torch.randn(experts, rows, depth, generator=generator) * 64).to(torch.float8_e4m3fn)
+    scale = (torch.rand(experts, rows // 128, depth // 128, generator=generator) + 0.5) / 64 * depth**-0.5
+    dense = data.double() * scale.repeat_interleave(128, 1).repeat_interleave(128, 2).double()
+    return QuantizedWeight(data.to(DEVICE), scale.to(DEVICE)), dense.to(DEVICE)
+
+
+def mxfp4(experts: int, rows: int, depth: int) -> Made:
+    """The same for MXFP4, from a checkpoint's layout."""
+    generator = torch.Generator().manual_seed(rows + depth)
+    blocks = torch.randint(0, 256, (experts, rows, depth // 2), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(119, 124, (experts, rows, depth // 32), generator=generator, dtype=torch.uint8)
+    values = torch.stack([E2M1[(blocks & 15).long()], E2M1[(blocks >> 4).long()]], dim=-1).view(experts, rows, depth)
+    dense = values * torch.exp2(scales.double() - 127).repeat_interleave(32, 2)
+    packed = pack_mxfp4(blocks, scales)
+    return QuantizedWeight(packed.data.to(DEVICE), packed.scale.to(DEVICE)), dense.to(DEVICE)
+
+
+def ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def rows_of(count: int, hidden: int) -> torch.Tensor:
+    return torch.randn(count, hidden, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+
+
+# MXFP4 rows need not fill a tile; fp8 blocks do
+@pytest.mark.parametrize(
+    ("make", "hidden", "intermediate"), [(fp8, 256, 128), (fp8, 128, 256), (mxfp4, 192, 64), (mxfp4, 64, 320)]
+)
+def test_against_the_dense_weights(make: Callable[[int, int, int], Made], hidden: int, intermediate: int) -> None:
+    (w13, dense13), (w2, dense2) = make(4, 2 * intermediate, hidden), make(4, hidden, intermediate)
+    hidden_states = rows_of(5, hidden)
+    experts, rows = ints([2] * 18 + [0, 3, -1, 2]), ints([position % 5 for position in range(22)])
+    out = torch.full((22, hidden), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    QuantizedExperts(w13, w2).forward(hidden_states, experts, rows, out=out)
+    expected = reference.expert_ffn(hidden_states, dense13, dense2, experts, rows)
+    local = experts >= 0
+    error = (out[local].double() - expected[local]).norm(dim=1) / expected[local].norm(dim=1)
+    assert float(error.max()) < TOLERANCE
+    assert bool(out[~local].isnan().all())
+
+
+if DEVICE == "cuda":  # the interpreter multiplies with numpy, whose bits follow the shape of a tile
+
+    @pytest.mark.parametrize("make", [fp8, mxfp4])
+    @pytest.mark.parametrize("rows", [1, 3, 40, 700, 4096])
+    def test_bits_are_equal_at_every_batch_size_and_tiling(make: Callable[[int, int, int], Made], rows: int) -> None:
+        (w13, _), (w2, _) = make(8, 512, 512), make(8, 512, 256)
+        experts = QuantizedExperts(w13, w2)
+        hidden_states = rows_of(4096, 512)
+        ids = torch.rand(4096, 8, generator=torch.Generator().manual_seed(5)).topk(2).indices.to(DEVICE, torch.int32)
+        ids = ids.contiguous()
+        wanted = experts.forward(hidden_states, ids.view(-1), top_k=2)[: 2 * rows].view(torch.int16)
+        for tiling in [choose_quantized_tiling(n, 8) for n in (1, 100, 4096)] + [QuantizedTiling(16, 128, 128, 8, 4)]:
+            got = experts.forward(hidden_states[:rows], ids[:rows].reshape(-1), top_k=2, tiling=tiling)
+            assert torch.equal(got.view(torch.int16), wanted)
+
+
+def test_packing_keeps_every_weight() -> None:
+    blocks = torch.arange(64, dtype=torch.uint8).view(1, 2, 32)  # byte 1 of row 0 holds weights 2 (low) and 3 (high)
+    packed = pack_mxfp4(blocks, torch.full((1, 2, 2), 127, dtype=torch.uint8))
+    assert packed.data.shape == (1, 1, 2, 32)
+    assert packed.shape == (1, 2, 64)
+    nibbles = torch.stack([blocks & 15, blocks >> 4], dim=-1).view(2, 64)
+    assert torch.equal(packed.data[0, 0] & 15, nibbles[:, :32])
+    assert torch.equal(packed.data[0, 0] >> 4, nibbles[:, 32:])
+
+
+def test_arguments_are_checked() -> None:
+    (w13, _), (w2, _) = fp8(2, 256, 128), fp8(2, 128, 128)
+    with pytest.raises(ValueError, match="belong together"):
+        QuantizedExperts(w13, QuantizedWeight(w2.data[:1].contiguous(), w2.scale[:1].contiguous()))
+    with pytest.raises(ValueError, match="scales"):
+        QuantizedExperts(QuantizedWeight(w13.data, w13.scale[:, :1].contiguous()), w2)
+    with pytest.raises(ValueError, match="multiples of 128"):
+        QuantizedExperts(QuantizedWeight(w13.data[:, :, :64].contiguous(), w13.scale), w2)
+    with pytest.raises(ValueError, match="multiple of 64"):
+        pack_mxfp4(torch.zeros(1, 2, 16, dtype=torch.uint8), torch.zeros(1, 2, 1, dtype=torch.uint8))
+    experts = QuantizedExperts(w13, w2)
+    with pytest.raises(ValueError, match="bfloat16"):
+        experts.forward(torch.zeros(1, 128, device=DEVICE), ints([0]))
+    assert experts.forward(rows_of(1, 128), ints([])).shape == (0, 128)
