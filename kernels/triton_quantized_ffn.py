@@ -67,7 +67,7 @@ def pack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
 
 @dataclass(frozen=True)
 class QuantizedTiling:
-    """How both GEMMs are cut. None of it changes a result's bits while gate_up_n and down_n are 64 or more."""
+    """How both GEMMs are cut. None of it changes a result's bits while gate_up_n is 32 or more and down_n 64 or more."""
 
     block_m: int
     gate_up_n: int
@@ -128,7 +128,7 @@ class QuantizedExperts:
     def gate_up(self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, tiling: QuantizedTiling) -> None:
         """Gate and up product with SwiGLU; activations: [pairs, intermediate] in grouped order."""
         quantized_gate_up_kernel[(grouping.max_tiles * triton.cdiv(self.intermediate, tiling.gate_up_n),)](
-            x, x.stride(0), self._descriptor(self.w13, tiling.gate_up_n), self.w13.scale, activations,
+            x, x.stride(0), self._descriptor(self.w13, 2, tiling.gate_up_n), self.w13.scale, activations,
             grouping.rows, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
             BLOCK_N=tiling.gate_up_n, **self._launch(tiling),
         )  # fmt: skip
@@ -136,15 +136,17 @@ class QuantizedExperts:
     def down(self, activations: torch.Tensor, grouping: Grouping, out: torch.Tensor, tiling: QuantizedTiling) -> None:
         """Down product; row `pair` of out gets the pair's result."""
         quantized_down_kernel[(grouping.max_tiles * triton.cdiv(self.hidden, tiling.down_n),)](
-            activations, self._descriptor(self.w2, tiling.down_n), self.w2.scale, out, out.stride(0),
+            activations, self._descriptor(self.w2, 1, tiling.down_n), self.w2.scale, out, out.stride(0),
             grouping.order, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
             BLOCK_N=tiling.down_n, **self._launch(tiling),
         )  # fmt: skip
 
     @staticmethod
-    def _descriptor(weight: QuantizedWeight, block_n: int) -> TensorDescriptor:
-        depth = MXFP4_GROUP.value if weight.mxfp4 else FP8_BLOCK.value  # bytes of a row per step
-        return TensorDescriptor.from_tensor(weight.data.view(-1, weight.data.shape[-1]), [block_n, depth])
+    def _descriptor(weight: QuantizedWeight, parts: int, block_n: int) -> TensorDescriptor:
+        _, rows, _ = weight.shape
+        width = weight.data.shape[-1]
+        step = width if weight.mxfp4 else FP8_BLOCK.value  # bytes of a row per step
+        return TensorDescriptor.from_tensor(weight.data.view(-1, rows // parts, width), [parts, block_n, step])
 
     def _launch(self, tiling: QuantizedTiling) -> dict[str, int | bool]:
         return {
