@@ -229,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(show(cells[-1], list(found)), flush=True)
             torch.cuda.empty_cache()
         del found, weights
-    compressed = [] if options.only else [c for n in options.shapes for c in quantized_cells(SHAPES[n], clock, rates)]
+    compressed = []
+    if not options.only or "ours" in options.only:
+        compressed = [cell for name in options.shapes for cell in quantized_cells(SHAPES[name], clock, rates)]
     if options.out:
         result = {"card": torch.cuda.get_device_name(), "rates": rates, "cells": cells, "quantized": compressed}
         options.out.write_text(json.dumps(result, indent=1))

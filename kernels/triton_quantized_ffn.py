@@ -77,11 +77,14 @@ class QuantizedTiling:
     group_m: int = 8
 
 
-def choose_quantized_tiling(pairs: int, num_experts: int) -> QuantizedTiling:
-    """The tiling for `pairs` pairs over `num_experts` local experts; never under 64 weight rows, see the kernels."""
-    for height in (16, 32):
-        if 2 * pairs <= height * num_experts or pairs <= 16:
-            return QuantizedTiling(height, 64, 64, 4, 3)
+def choose_quantized_tiling(pairs: int, num_experts: int, mxfp4: bool) -> QuantizedTiling:
+    """The tiling for `pairs` pairs over `num_experts` local experts."""
+    if pairs <= 10 * num_experts:
+        if not mxfp4:
+            return QuantizedTiling(16, 32, 64, 4, 4)
+        return QuantizedTiling(16, 128 if pairs > 2 * num_experts else 64, 128, 4, 3)
+    if pairs <= 20 * num_experts:
+        return QuantizedTiling(32, 128, 128, 4, 3) if mxfp4 else QuantizedTiling(32, 64, 64, 4, 3)
     return QuantizedTiling(64, 64, 64, 4, 3)
 
 
@@ -118,7 +121,7 @@ class QuantizedExperts:
             out = hidden_states.new_empty(pairs, self.hidden)
         if pairs == 0:
             return out
-        tiling = tiling or choose_quantized_tiling(pairs, self.num_experts)
+        tiling = tiling or choose_quantized_tiling(pairs, self.num_experts, self.w13.mxfp4)
         grouping = self._grouper.group(experts, rows, top_k, tiling.block_m)
         activations = hidden_states.new_empty(pairs, self.intermediate)
         self.gate_up(hidden_states, grouping, activations, tiling)
@@ -143,10 +146,9 @@ class QuantizedExperts:
 
     @staticmethod
     def _descriptor(weight: QuantizedWeight, parts: int, block_n: int) -> TensorDescriptor:
-        _, rows, _ = weight.shape
-        width = weight.data.shape[-1]
-        step = width if weight.mxfp4 else FP8_BLOCK.value  # bytes of a row per step
-        return TensorDescriptor.from_tensor(weight.data.view(-1, rows // parts, width), [parts, block_n, step])
+        data = weight.data.view(torch.int16) if weight.mxfp4 else weight.data
+        width, step = data.shape[-1], 16 if weight.mxfp4 else FP8_BLOCK.value
+        return TensorDescriptor.from_tensor(data.view(-1, weight.shape[1] // parts, width), [parts, block_n, step])
 
     def _launch(self, tiling: QuantizedTiling) -> dict[str, int | bool]:
         return {

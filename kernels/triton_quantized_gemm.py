@@ -23,32 +23,36 @@ MXFP4_GROUP = tl.constexpr(32)
 
 @triton.jit
 def _nibbles(packed, ASM: tl.constexpr):
-    """The low and the high nibbles of bytes, e2m1 each, as bf16.
+    """[rows, 16] int16 of four e2m1 each as two bf16 operands of [rows, 32]: low nibbles of the bytes, then high ones.
 
     A nibble's exponent and mantissa bits, put where bf16 has its lowest exponent bits, read as the value times 2^-126. One
     multiplication puts both them and the sign in place: its two copies of four bits do not touch.
     """
     if ASM:
-        low, high = tl.inline_asm_elementwise(
+        even, odd, high_even, high_odd = tl.inline_asm_elementwise(
             """{
-            .reg .b32 a, b, s, big;
+            .reg .b32 w, s, big;
             mov.b32 big, 0x7e807e80;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            and.b32 s, a, 0x000f000f;  mul.lo.u32 s, s, 0x1040;  and.b32 s, s, 0x81c081c0;  mul.rn.bf16x2 $0, s, big;
-            and.b32 s, b, 0x000f000f;  mul.lo.u32 s, s, 0x1040;  and.b32 s, s, 0x81c081c0;  mul.rn.bf16x2 $1, s, big;
-            and.b32 s, a, 0x00f000f0;  mul.lo.u32 s, s, 0x0104;  and.b32 s, s, 0x81c081c0;  mul.rn.bf16x2 $2, s, big;
-            and.b32 s, b, 0x00f000f0;  mul.lo.u32 s, s, 0x0104;  and.b32 s, s, 0x81c081c0;  mul.rn.bf16x2 $3, s, big;
+            cvt.u32.u16 w, $4;
+            prmt.b32 w, w, 0, 0x4140;
+            and.b32 s, w, 0x000f000f;  mul.lo.u32 s, s, 0x1040;  and.b32 s, s, 0x81c081c0;
+            mul.rn.bf16x2 s, s, big;
+            mov.b32 {$0, $1}, s;
+            and.b32 s, w, 0x00f000f0;  mul.lo.u32 s, s, 0x0104;  and.b32 s, s, 0x81c081c0;
+            mul.rn.bf16x2 s, s, big;
+            mov.b32 {$2, $3}, s;
             }""",
-            "=r,=r,=r,=r,r",
+            "=h,=h,=h,=h,h",
             [packed],
-            dtype=(tl.bfloat16, tl.bfloat16),
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             is_pure=True,
-            pack=4,
+            pack=1,
         )
-        return low, high
     else:
-        return _e2m1(packed & 15), _e2m1(packed >> 4)
+        even, odd = _e2m1(packed & 15), _e2m1((packed >> 8) & 15)
+        high_even, high_odd = _e2m1((packed >> 4) & 15), _e2m1((packed >> 12) & 15)
+    shape: tl.constexpr = (packed.shape[0], 32)
+    return tl.join(even, odd).reshape(shape), tl.join(high_even, high_odd).reshape(shape)
 
 
 @triton.jit
@@ -87,7 +91,7 @@ def _product(
     """[PARTS * BLOCK_N, BLOCK_M]: BLOCK_N rows from `column` on of each of an expert's PARTS matrices times token rows.
 
     rows: their numbers among the expert's n_rows; x_ptrs: [BLOCK_M, 32 or 128]; w_desc: [matrices, rows, depth], for MXFP4
-    [matrices by 64 columns, rows, 32]. The pipeliner does not stage scales: each step fetches the next one's.
+    [matrices by 64 columns, rows, 16] int16. The pipeliner does not stage scales: each step fetches the next one's.
     """
     acc = tl.zeros((PARTS * BLOCK_N, BLOCK_M), tl.float32)
     if MXFP4:
@@ -99,7 +103,7 @@ def _product(
             x_low = tl.load(x_ptrs + k0, mask=live[:, None], other=0.0)
             x_high = tl.load(x_ptrs + k0 + MXFP4_GROUP, mask=live[:, None], other=0.0)
             run = (expert * (depth // 64) + k0 // 64) * PARTS
-            packed = w_desc.load([run, column, 0]).reshape(PARTS * BLOCK_N, MXFP4_GROUP)
+            packed = w_desc.load([run, column, 0]).reshape(PARTS * BLOCK_N, MXFP4_GROUP // 2)
             low, high = _nibbles(packed, ASM)
             acc = _scaled_add(acc, tl.dot(low, x_low.T), low_scale)
             acc = _scaled_add(acc, tl.dot(high, x_high.T), high_scale)

@@ -10,7 +10,6 @@ import torch
 from kernels import reference
 from kernels.triton_quantized_ffn import (
     QuantizedExperts,
-    QuantizedTiling,
     QuantizedWeight,
     choose_quantized_tiling,
     pack_mxfp4,
@@ -78,7 +77,7 @@ if DEVICE == "cuda":  # the interpreter multiplies with numpy, whose bits follow
         ids = torch.rand(4096, 8, generator=torch.Generator().manual_seed(5)).topk(2).indices.to(DEVICE, torch.int32)
         ids = ids.contiguous()
         wanted = experts.forward(hidden_states, ids.view(-1), top_k=2)[: 2 * rows].view(torch.int16)
-        for tiling in [choose_quantized_tiling(n, 8) for n in (1, 100, 4096)] + [QuantizedTiling(16, 128, 128, 8, 4)]:
+        for tiling in [choose_quantized_tiling(n, 8, kind) for n in (1, 40, 100, 4096) for kind in (True, False)]:
             got = experts.forward(hidden_states[:rows], ids[:rows].reshape(-1), top_k=2, tiling=tiling)
             assert torch.equal(got.view(torch.int16), wanted)
 
