@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
 
 import numpy as np
 
@@ -13,13 +13,13 @@ from moering.protocol import Dispatch
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked dispatch: whom to answer, the rows, and the expert and local row of each pair (int64)."""
+    """A checked dispatch: whom to answer, the rows, and for each pair its row (int64) and its expert."""
 
     identity: bytes
     message: Dispatch
     hidden: np.ndarray  # float32 [rows, hidden_size]
     rows: np.ndarray
-    experts: np.ndarray
+    experts: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,40 +33,31 @@ class Group:
     order: np.ndarray | None  # position of each sorted pair before sorting; None: they were sorted
 
 
-def check(message: Dispatch, layers: int, experts: int, hidden_size: int) -> str | None:
-    """What is wrong with a dispatch, or None."""
+def parse(identity: bytes, message: Dispatch, tensor: memoryview, limits: tuple[int, int, int, int]) -> Request | str:
+    """The request in a dispatch, or what is wrong with it. `limits`: layers, experts, hidden size, pairs."""
+    layers, num_experts, hidden_size, max_pairs = limits
     rows, columns = message.shape
-    pairs = len(message.experts) // 2
+    pairs = len(message.pairs) // 4
     if message.dtype != "float32" or columns != hidden_size:
         return f"{message.dtype} rows of {columns}; this checkpoint has float32 rows of {hidden_size}"
     if not 0 <= message.layer < layers:
         return f"layer {message.layer} of {layers}"
-    if len(message.rows) != len(message.experts) or len(message.experts) % 2 or not 0 < rows <= pairs:
-        return f"{len(message.rows)} bytes of rows and {len(message.experts)} of experts for {rows} rows"
-    return _check_pairs(message, experts)
+    if len(message.pairs) % 4 or not 0 < rows <= pairs <= max_pairs:
+        return f"{len(message.pairs)} bytes of pairs for {rows} rows; at most {max_pairs} pairs in one message"
+    pair_rows, pair_experts = np.frombuffer(message.pairs, "<u2").reshape(2, pairs)
+    experts = pair_experts.tolist()
+    if experts != sorted(experts) or experts[-1] >= num_experts:
+        return f"experts {experts[:8]}… are not sorted, or beyond {num_experts}"
+    if pair_rows.max() >= rows:
+        return f"row {pair_rows.max()} of {rows}"
+    hidden = np.frombuffer(tensor, "<f4").reshape(rows, columns)
+    return Request(identity, message, hidden, pair_rows.astype(np.int64), experts)
 
 
-def _check_pairs(message: Dispatch, experts: int) -> str | None:
-    pair_experts = np.frombuffer(message.experts, "<u2").astype(np.int64)
-    if (pair_experts[1:] < pair_experts[:-1]).any():
-        return "pairs are not sorted by expert"
-    if pair_experts[-1] >= experts:
-        return f"expert {pair_experts[-1]} of {experts}"
-    if (row := int(np.frombuffer(message.rows, "<u2").max())) >= message.shape[0]:
-        return f"row {row} of {message.shape[0]}"
-    return None
-
-
-def request(identity: bytes, message: Dispatch, tensor: memoryview) -> Request:
-    """The arrays of a dispatch that passed `check`."""
-    hidden = np.frombuffer(tensor, "<f4").reshape(message.shape)
-    rows = np.frombuffer(message.rows, "<u2").astype(np.int64)
-    return Request(identity, message, hidden, rows, np.frombuffer(message.experts, "<u2").astype(np.int64))
-
-
-def group(requests: Iterable[Request], max_pairs: int) -> list[Group]:
-    """Grouped calls for these requests: decode before prefill, one call per layer, at most `max_pairs` in a call
-    unless one request alone has more."""
+def group(requests: list[Request], max_pairs: int) -> list[Group]:
+    """Grouped calls for these requests: decode before prefill, one call per layer, at most `max_pairs` in a call."""
+    if len(requests) == 1:  # the common case, and the one that a decode step waits for
+        return [_merge(requests)]
     groups: list[list[Request]] = []
     open_groups: dict[int, tuple[list[Request], int]] = {}
     for r in sorted(requests, key=lambda r: r.message.prefill):
@@ -85,12 +76,16 @@ def _merge(requests: list[Request]) -> Group:
     else:
         offsets = np.cumsum([0] + [len(r.hidden) for r in requests[:-1]])
         rows = np.concatenate([r.rows + offset for r, offset in zip(requests, offsets, strict=True)])
-        pair_experts = np.concatenate([r.experts for r in requests])
-        order = pair_experts.argsort(kind="stable")
-        rows, pair_experts = rows[order], pair_experts[order]
-    starts = [0, *(np.flatnonzero(pair_experts[1:] != pair_experts[:-1]) + 1).tolist(), len(pair_experts)]
-    counts = [end - start for start, end in pairwise(starts)]
-    return Group(requests, rows, pair_experts[starts[:-1]].tolist(), counts, order)
+        unsorted = np.array([e for r in requests for e in r.experts])
+        order = unsorted.argsort(kind="stable")
+        rows, pair_experts = rows[order], unsorted[order].tolist()
+    experts, counts = _runs(pair_experts)
+    return Group(requests, rows, experts, counts, order)
+
+
+def _runs(pair_experts: Iterable[int]) -> tuple[list[int], list[int]]:
+    runs = [(expert, sum(1 for _ in members)) for expert, members in groupby(pair_experts)]
+    return [expert for expert, _ in runs], [count for _, count in runs]
 
 
 def split(group: Group, out: np.ndarray) -> list[np.ndarray]:

@@ -41,10 +41,11 @@ class Service(threading.Thread):
     def open(self, model: str, digest: str, shape: tuple[int, int, int], compute: Compute) -> None:
         """Begin to serve a checkpoint of `shape` = (layers, experts, hidden_size)."""
         self._model, self._digest, self._compute = model, digest, compute
-        self._layers, self._experts, self._hidden_size = shape
-        self._max_pairs = max(1, MAX_TENSOR_BYTES // (4 * self._hidden_size))
-        self._hidden = np.zeros((self._max_pairs, self._hidden_size), np.float32)
-        self._out = np.zeros((self._max_pairs, self._hidden_size), np.float32)
+        hidden_size = shape[2]
+        self._max_pairs = max(1, MAX_TENSOR_BYTES // (4 * hidden_size))
+        self._limits = (*shape, self._max_pairs)
+        self._hidden = np.zeros((self._max_pairs, hidden_size), np.float32)
+        self._out = np.zeros((self._max_pairs, hidden_size), np.float32)
         self._opened.set()
 
     def close(self) -> None:
@@ -92,7 +93,7 @@ class Service(threading.Thread):
         if isinstance(message, Hello):
             self._send(identity, self._greet(message))
         elif isinstance(message, Dispatch) and tensor is not None:
-            return self._check(identity, message, tensor)
+            return self._parse(identity, message, tensor)
         else:
             self._send(identity, Refused(f"an expert server takes no {message.KIND}", fatal=True))
         return None
@@ -106,15 +107,13 @@ class Service(threading.Thread):
             )
         return Welcome(self._server_id, self._incarnation, self._credit_rows, self._max_pairs)
 
-    def _check(self, identity: bytes, message: Dispatch, tensor: memoryview) -> Request | None:
-        wrong = batching.check(message, self._layers, self._experts, self._hidden_size)
-        if wrong is None and len(message.rows) // 2 > self._max_pairs:
-            wrong = f"more pairs than the {self._max_pairs} of one message"
-        if wrong is not None:
-            logger.warning("refused a dispatch: %s", wrong)
-            self._send(identity, Failed(f"{message.router}/{message.seq}", 0, "bad_request", wrong))
-            return None
-        return batching.request(identity, message, tensor)
+    def _parse(self, identity: bytes, message: Dispatch, tensor: memoryview) -> Request | None:
+        request = batching.parse(identity, message, tensor, self._limits)
+        if isinstance(request, Request):
+            return request
+        logger.warning("refused a dispatch: %s", request)
+        self._send(identity, Failed(f"{message.router}/{message.seq}", 0, "bad_request", request))
+        return None
 
     def _answer(self, group: Group) -> None:
         layer = group.requests[0].message.layer
@@ -139,7 +138,7 @@ class Service(threading.Thread):
         """Some experts are not here: refuse the requests that need them, compute the others."""
         rest = []
         for r in group.requests:
-            if missing.isdisjoint(r.experts.tolist()):
+            if missing.isdisjoint(r.experts):
                 rest.append(r)
             else:
                 self._send(r.identity, NotHere(r.message.router, r.message.seq, self._incarnation, self.epoch))

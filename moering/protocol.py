@@ -115,8 +115,7 @@ class Dispatch:
     seq: int
     layer: int
     prefill: bool  # decode rows are computed before these
-    rows: bytes  # little-endian uint16 per (row, expert) pair: row within the tensor
-    experts: bytes  # little-endian uint16 per pair: logical expert; pairs are sorted by expert
+    pairs: bytes  # little-endian uint16 [2, pairs]: row within the tensor, and logical expert; sorted by expert
     dtype: str
     shape: list[int]
 

@@ -202,8 +202,8 @@ class Exchange:
         hidden, _, _ = self._micro_batches[d.work].expert_arrays()
         rows = hidden if len(d.rows) == len(hidden) else hidden[d.rows]
         message = DispatchMessage(
-            self._hello.incarnation, d.seq, d.layer, d.prefill, d.local_rows.tobytes(),
-            d.experts.astype("<u2").tobytes(), "float32", list(rows.shape),
+            self._hello.incarnation, d.seq, d.layer, d.prefill,
+            d.local_rows.tobytes() + d.experts.astype("<u2").tobytes(), "float32", list(rows.shape),
         )  # fmt: skip
         # A failed send needs no answer here: the connection is lost, which will bring the dispatch back.
         self._connections[d.server].send(message, memoryview(rows).cast("B"))

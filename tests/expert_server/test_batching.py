@@ -1,5 +1,7 @@
 """Grouped calls: any mix of requests comes back to its senders, row by row."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,20 +11,20 @@ from expert_server import batching
 from moering.protocol import Dispatch
 
 LAYERS, EXPERTS, HIDDEN = 3, 8, 4
+LIMITS = (LAYERS, EXPERTS, HIDDEN, 20)
 
 
 def dispatch(pairs, seq=1, layer=0, prefill=False, hidden=HIDDEN):
     """`pairs`: (row, expert) tuples."""
     pairs = sorted(pairs, key=lambda p: p[1])
-    rows = np.array([r for r, _ in pairs], "<u2")
-    experts = np.array([e for _, e in pairs], "<u2")
-    return Dispatch(9, seq, layer, prefill, rows.tobytes(), experts.tobytes(), "float32", [int(rows.max()) + 1, hidden])
+    packed = np.array(pairs, "<u2").T
+    return Dispatch(9, seq, layer, prefill, packed.tobytes(), "float32", [int(packed[0].max()) + 1, hidden])
 
 
 def request(message, identity=b"r"):
     rows, hidden = message.shape
     tensor = np.arange(rows * hidden, dtype=np.float32) + 1000 * message.seq
-    return batching.request(identity, message, memoryview(tensor.tobytes()))
+    return batching.parse(identity, message, memoryview(tensor.tobytes()), LIMITS)
 
 
 pair_lists = st.lists(st.tuples(st.integers(0, 5), st.integers(0, EXPERTS - 1)), min_size=1, max_size=12, unique=True)
@@ -46,7 +48,7 @@ def test_every_request_gets_its_own_rows_back(specs, max_pairs):
             answers[r.message.seq] = rows
     assert sorted(answers) == [r.message.seq for r in sent]
     for r in sent:
-        assert (answers[r.message.seq] == r.hidden[r.rows] * (1 + r.experts[:, None])).all()
+        assert (answers[r.message.seq] == r.hidden[r.rows] * (1 + np.array(r.experts)[:, None])).all()
 
 
 def test_decode_goes_before_prefill():
@@ -67,17 +69,18 @@ def test_one_call_per_layer():
         ({"layer": -1}, "layer -1"),
         ({"dtype": "float16"}, "float16"),
         ({"shape": [1, 5]}, "rows of 5"),
-        ({"rows": b"\1\0"}, "row 1"),
-        ({"rows": b""}, "0 bytes of rows"),
-        ({"rows": b"", "experts": b""}, "0 bytes of rows"),
-        ({"rows": b"\0\0\0", "experts": b"\0\0\0"}, "3 bytes"),
-        ({"experts": b"\x08\0"}, "expert 8"),
-        ({"rows": b"\0\0\0\0", "experts": b"\1\0\0\0"}, "sorted"),
+        ({"pairs": b"\1\0\0\0"}, "row 1"),
+        ({"pairs": b""}, "0 bytes of pairs"),
+        ({"pairs": b"\0\0\0\0\0"}, "5 bytes of pairs"),
+        ({"pairs": b"\0\0\x08\0"}, "beyond 8"),
+        ({"pairs": b"\0\0\0\0\1\0\0\0"}, "not sorted"),
+        ({"pairs": b"\0" * 4 * 21}, "at most 20 pairs"),
         ({"shape": [0, HIDDEN]}, "0 rows"),
+        ({"shape": [2, HIDDEN]}, "2 rows"),
     ],
 )
 def test_a_wrong_dispatch_is_named(change, part):
     good = dispatch([(0, 0)])
-    assert batching.check(good, LAYERS, EXPERTS, HIDDEN) is None
-    fields = {name: getattr(good, name) for name in good.__slots__}
-    assert part in batching.check(Dispatch(**{**fields, **change}), LAYERS, EXPERTS, HIDDEN)
+    assert isinstance(batching.parse(b"", good, memoryview(bytes(16)), LIMITS), batching.Request)
+    wrong = dataclasses.replace(good, **change)
+    assert part in batching.parse(b"", wrong, memoryview(bytes(16)), LIMITS)

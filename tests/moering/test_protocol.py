@@ -170,7 +170,7 @@ def test_the_error_says_what_is_wrong(frames: list[bytes], text: str) -> None:
 
 
 def dispatch(dtype: str = "float32", shape: list[Any] | None = None) -> Dispatch:
-    return Dispatch(1, 2, 3, False, b"", b"", dtype, [2, 3] if shape is None else shape)
+    return Dispatch(1, 2, 3, False, b"", dtype, [2, 3] if shape is None else shape)
 
 
 @pytest.mark.parametrize(
