@@ -15,9 +15,10 @@ LIMITS = (LAYERS, EXPERTS, HIDDEN, 20)
 
 
 def dispatch(pairs, seq=1, layer=0, prefill=False, hidden=HIDDEN):
-    """`pairs`: (row, expert) tuples."""
+    """`pairs`: (row, expert) tuples; rows are renumbered so that each has a pair."""
     pairs = sorted(pairs, key=lambda p: p[1])
-    packed = np.array(pairs, "<u2").T
+    rows = sorted({row for row, _ in pairs})
+    packed = np.array([(rows.index(row), expert) for row, expert in pairs], "<u2").T
     return Dispatch(9, seq, layer, prefill, packed.tobytes(), "float32", [int(packed[0].max()) + 1, hidden])
 
 
