@@ -2,7 +2,8 @@
 
 A peer is built for one pair of weights and raises `Absent` with the reason. `prepare(case, variant)` returns what to
 time. The core of every peer is two GEMMs and the activation on rows grouped beforehand; `full` goes from ids to
-combined rows. Peers without a fused activation get one Triton kernel for it. None of their files are part of this repository.
+combined rows. Peers without a fused activation get one Triton kernel for it. None of their files are in this
+repository.
 """
 
 from __future__ import annotations

@@ -5,18 +5,38 @@ from __future__ import annotations
 import torch
 
 
-def expert_ffn(
-    hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor
-) -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)) of each (row, expert) pair, in float64: [pairs, hidden]; NaN where the expert is -1.
+def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float = 0) -> torch.Tensor:
+    """silu(gate) * up; with a limit, gpt-oss's clamped activation."""
+    if limit == 0:
+        return torch.nn.functional.silu(gate) * up
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
-    w13: [experts, 2 * intermediate, hidden], gate above up; w2: [experts, hidden, intermediate].
+
+def expert_ffn(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    experts: torch.Tensor,
+    rows: torch.Tensor,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    limit: float = 0,
+) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)) of each (row, expert) pair, in float64: [pairs, hidden], NaN where the expert is -1.
+
+    w13: [experts, 2 * intermediate, hidden], gate above up; w2: [experts, hidden, intermediate]; biases: one number per
+    row of each, added after the products.
     """
     out = torch.full((experts.numel(), w2.shape[1]), float("nan"), dtype=torch.float64, device=hidden_states.device)
     for pair, (expert, row) in enumerate(zip(experts.tolist(), rows.tolist(), strict=True)):
         if expert >= 0:
-            gate, up = (w13[expert].double() @ hidden_states[row].double()).chunk(2)
-            out[pair] = w2[expert].double() @ (torch.nn.functional.silu(gate) * up)
+            both = w13[expert].double() @ hidden_states[row].double()
+            if biases is not None:
+                both = both + biases[0][expert].double()
+            gate, up = both.chunk(2)
+            out[pair] = w2[expert].double() @ swiglu(gate, up, limit)
+            if biases is not None:
+                out[pair] += biases[1][expert].double()
     return out
 
 

@@ -22,9 +22,17 @@ class GroupedExperts:
 
     w13: [experts, 2 * intermediate, hidden], gate above up; w2: [experts, hidden, intermediate]; both contiguous.
     They are used in place: overwriting an expert's slice (with the stream ordered) replaces the expert.
+    biases: [experts, 2 * intermediate] and [experts, hidden], added after the products; limit: 0 for SwiGLU, else the
+    clamp of gpt-oss's activation.
     """
 
-    def __init__(self, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    def __init__(
+        self,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+        limit: float = 0,
+    ) -> None:
         experts, double, hidden = w13.shape
         if w2.shape != (experts, hidden, double // 2) or double % 2:
             raise ValueError(f"w13 {tuple(w13.shape)} and w2 {tuple(w2.shape)} do not belong together")
@@ -32,7 +40,10 @@ class GroupedExperts:
             raise ValueError("w13 and w2 must be contiguous, of one dtype, on one device")
         if hidden % 8 or w2.shape[2] % 8:
             raise ValueError("hidden and intermediate must be multiples of 8 (TMA moves 16 bytes)")
+        check_biases(biases, experts, double, hidden)
         self.w13, self.w2 = w13, w2
+        self._bias13, self._bias2 = biases or (w13, w2)  # not read without biases
+        self._bias, self._limit = biases is not None, float(limit)
         self.num_experts, self.hidden, self.intermediate = experts, hidden, double // 2
         self._grouper = PairGrouper(experts, w13.device)
         self._compiled = isinstance(gate_up_kernel, triton.JITFunction)
@@ -73,9 +84,9 @@ class GroupedExperts:
         stacked, paired = self.w13.view(-1, self.hidden), self.w13.view(-1, self.intermediate, self.hidden)
         gate_up_kernel[self._grid(grouping, self.intermediate, cut)](
             x, x.stride(0), TensorDescriptor.from_tensor(stacked, [cut.block_n, cut.block_k]),
-            TensorDescriptor.from_tensor(paired, [2, cut.block_n, cut.block_k]), activations,
+            TensorDescriptor.from_tensor(paired, [2, cut.block_n, cut.block_k]), self._bias13, activations,
             grouping.rows, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
-            EVEN_K=self.hidden % cut.block_k == 0, **_constants(tiling, cut),
+            EVEN_K=self.hidden % cut.block_k == 0, BIAS=self._bias, LIMIT=self._limit, **_constants(tiling, cut),
         )  # fmt: skip
 
     def down(self, activations: torch.Tensor, grouping: Grouping, out: torch.Tensor, tiling: FFNTiling) -> None:
@@ -85,10 +96,10 @@ class GroupedExperts:
         parts, part_bytes = self._prefetch(cut)
         down_kernel[self._grid(grouping, self.hidden, cut)](
             activations, TensorDescriptor.from_tensor(activations, [tiling.block_m, cut.block_k]),
-            TensorDescriptor.from_tensor(weights, [cut.block_n, cut.block_k]), self.w2, out, out.stride(0),
+            TensorDescriptor.from_tensor(weights, [cut.block_n, cut.block_k]), self.w2, self._bias2, out, out.stride(0),
             grouping.order, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
             EVEN_K=self.intermediate % cut.block_k == 0,
-            ACT_TMA=cut.act_tma, PREFETCH_PARTS=parts, PREFETCH_BYTES=part_bytes,
+            ACT_TMA=cut.act_tma, BIAS=self._bias, PREFETCH_PARTS=parts, PREFETCH_BYTES=part_bytes,
             **_constants(tiling, cut),
         )  # fmt: skip
 
@@ -113,6 +124,13 @@ class GroupedExperts:
                 ids.dtype != torch.int32 or not ids.is_contiguous() or ids.numel() != experts.numel()
             ):
                 raise ValueError(f"{name} must be a contiguous int32 tensor with one entry per pair")
+
+
+def check_biases(biases: tuple[torch.Tensor, torch.Tensor] | None, experts: int, double: int, hidden: int) -> None:
+    """Raise ValueError unless biases are None or contiguous [experts, double] and [experts, hidden]."""
+    for bias, columns in zip(biases or (), (double, hidden), strict=False):
+        if bias.shape != (experts, columns) or not bias.is_contiguous():
+            raise ValueError(f"a bias of shape {tuple(bias.shape)}, want contiguous {(experts, columns)}")
 
 
 def _constants(tiling: FFNTiling, cut: Tiling) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton_activation import add_bias, swiglu
 from kernels.triton_grouping import TILE_FIELDS
 
 
@@ -63,14 +64,11 @@ def _zeros(M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _swiglu(gate, up, dtype: tl.constexpr):
-    return (gate * (1.0 / (1.0 + tl.exp(-gate))) * up).to(dtype)
-
-
-@triton.jit
 def _gate_up_tile(
-    x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n, hidden, intermediate,
+    x_ptr, x_stride, w_desc, w_pair_desc, bias_ptr, act_ptr, rows_ptr, start, rows, expert, block_n,
+    hidden, intermediate,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
+    BIAS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
@@ -95,26 +93,31 @@ def _gate_up_tile(
         else:  # one product twice as wide reads x from shared memory once
             w = w_pair_desc.load([expert * 2, column, k0]).reshape(2 * BLOCK_N, BLOCK_K)
             both = tl.dot(x, w.T, both)
-    if SWAP:
-        act = _swiglu(gate, up, act_ptr.dtype.element_ty).T
-    else:
+    if not SWAP:
         gate, up = tl.split(both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1))
-        act = _swiglu(gate, up, act_ptr.dtype.element_ty)
     n = column + tl.arange(0, BLOCK_N)
+    if BIAS:
+        expert_bias_ptr = bias_ptr + expert * 2 * intermediate
+        gate = add_bias(gate, expert_bias_ptr, n, n < intermediate, SWAP)
+        up = add_bias(up, expert_bias_ptr + intermediate, n, n < intermediate, SWAP)
+    act = swiglu(gate, up, LIMIT).to(act_ptr.dtype.element_ty)
+    if SWAP:
+        act = act.T
     act_ptrs = act_ptr + (start + m).to(tl.int64)[:, None] * intermediate + n[None, :]
     tl.store(act_ptrs, act, mask=live[:, None] & (n < intermediate)[None, :])
 
 
 @triton.jit
 def gate_up_kernel(
-    x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
+    x_ptr, x_stride, w_desc, w_pair_desc, bias_ptr, act_ptr, rows_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
     HEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr,
+    BIAS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """act[position, i] = silu(x @ gate.T) * (x @ up.T).
+    """act[position, i] = silu(x @ gate.T) * (x @ up.T), or with a LIMIT gpt-oss's activation.
 
     w_desc: [experts * 2 * intermediate, hidden], gate above up; w_pair_desc: the same memory as
-    [experts * 2, intermediate, hidden].
+    [experts * 2, intermediate, hidden]. bias_ptr: [experts, 2 * intermediate], read with BIAS.
     HEIGHTS: tuple of tile heights, falling; a tile is computed at the least that holds its rows.
     """
     if PDL:
@@ -130,25 +133,26 @@ def gate_up_kernel(
         rows = tl.load(entry + 2)
         if len(HEIGHTS) == 1:
             _gate_up_tile(
-                x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n,
+                x_ptr, x_stride, w_desc, w_pair_desc, bias_ptr, act_ptr, rows_ptr, start, rows, expert, block_n,
                 hidden, intermediate,
-                HEIGHTS[0], BLOCK_N, BLOCK_K, SWAP, EVEN_K,
+                HEIGHTS[0], BLOCK_N, BLOCK_K, SWAP, EVEN_K, BIAS, LIMIT,
             )  # fmt: skip
         else:
             for step in tl.static_range(len(HEIGHTS)):
                 if (rows <= HEIGHTS[step]) & (rows > (HEIGHTS[step + 1] if step + 1 < len(HEIGHTS) else 0)):
                     _gate_up_tile(
-                        x_ptr, x_stride, w_desc, w_pair_desc, act_ptr, rows_ptr, start, rows, expert, block_n,
-                        hidden, intermediate,
-                        HEIGHTS[step], BLOCK_N, BLOCK_K, SWAP or step > 0, EVEN_K,
+                        x_ptr, x_stride, w_desc, w_pair_desc, bias_ptr, act_ptr, rows_ptr, start, rows, expert,
+                        block_n, hidden, intermediate,
+                        HEIGHTS[step], BLOCK_N, BLOCK_K, SWAP or step > 0, EVEN_K, BIAS, LIMIT,
                     )  # fmt: skip
 
 
 @triton.jit
 def _down_tile(
-    act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n, hidden, intermediate,
+    act_ptr, act_desc, w_desc, bias_ptr, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n,
+    hidden, intermediate,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
-    ACT_TMA: tl.constexpr,
+    ACT_TMA: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
@@ -163,23 +167,28 @@ def _down_tile(
         else:
             x = tl.load(act_ptrs + k0, mask=live[:, None] & (k[None, :] < intermediate - k0), other=0.0)
         acc = _multiply(x, w_desc.load([w_row, k0]), acc, SWAP)
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if BIAS:
+        acc = add_bias(acc, bias_ptr + (w_row - block_n * BLOCK_N), n, n < hidden, SWAP)
     result = acc.to(out_ptr.dtype.element_ty)
     if SWAP:
         result = result.T
     pair = tl.load(order_ptr + start + m, mask=live, other=0)
-    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     out_ptrs = out_ptr + pair.to(tl.int64)[:, None] * out_stride + n[None, :]
     tl.store(out_ptrs, result, mask=live[:, None] & (n < hidden)[None, :])
 
 
 @triton.jit
 def down_kernel(
-    act_ptr, act_desc, w_desc, w_ptr, out_ptr, out_stride, order_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
+    act_ptr, act_desc, w_desc, w_ptr, bias_ptr, out_ptr, out_stride, order_ptr, tiles_ptr, num_tiles_ptr,
+    hidden, intermediate,
     HEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr, ACT_TMA: tl.constexpr,
-    PREFETCH_PARTS: tl.constexpr, PREFETCH_BYTES: tl.constexpr,
+    PREFETCH_PARTS: tl.constexpr, PREFETCH_BYTES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """out[pair] = act[position of pair] @ w.T; w_desc: [experts * hidden, intermediate], w_ptr the same memory.
+
+    bias_ptr: [experts, hidden], added with BIAS.
 
     With PDL the program starts while gate_up_kernel still runs: the tile list is ready (gate_up_kernel lets dependents
     start only after it has waited for it), the activations are not. The start of the first tile's weight rows,
@@ -205,15 +214,15 @@ def down_kernel(
         rows = tl.load(entry + 2)
         if len(HEIGHTS) == 1:
             _down_tile(
-                act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n,
+                act_ptr, act_desc, w_desc, bias_ptr, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n,
                 hidden, intermediate,
-                HEIGHTS[0], BLOCK_N, BLOCK_K, SWAP, EVEN_K, ACT_TMA,
+                HEIGHTS[0], BLOCK_N, BLOCK_K, SWAP, EVEN_K, ACT_TMA, BIAS,
             )  # fmt: skip
         else:
             for step in tl.static_range(len(HEIGHTS)):
                 if (rows <= HEIGHTS[step]) & (rows > (HEIGHTS[step + 1] if step + 1 < len(HEIGHTS) else 0)):
                     _down_tile(
-                        act_ptr, act_desc, w_desc, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n,
-                        hidden, intermediate,
-                        HEIGHTS[step], BLOCK_N, BLOCK_K, SWAP or step > 0, EVEN_K, ACT_TMA and step == 0,
+                        act_ptr, act_desc, w_desc, bias_ptr, out_ptr, out_stride, order_ptr, start, rows, w_row,
+                        block_n, hidden, intermediate,
+                        HEIGHTS[step], BLOCK_N, BLOCK_K, SWAP or step > 0, EVEN_K, ACT_TMA and step == 0, BIAS,
                     )  # fmt: skip

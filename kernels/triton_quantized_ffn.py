@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.triton_expert_ffn import check_biases
 from kernels.triton_grouping import Grouping, PairGrouper
 from kernels.triton_quantized_gemm import FP8_BLOCK, MXFP4_GROUP, quantized_down_kernel, quantized_gate_up_kernel
 
@@ -67,7 +68,7 @@ def pack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
 
 @dataclass(frozen=True)
 class QuantizedTiling:
-    """How both GEMMs are cut. None of it changes a result's bits while gate_up_n is 32 or more and down_n 64 or more."""
+    """How both GEMMs are cut. No choice changes a result's bits while gate_up_n is at least 32 and down_n 64."""
 
     block_m: int
     gate_up_n: int
@@ -91,13 +92,22 @@ def choose_quantized_tiling(pairs: int, num_experts: int, mxfp4: bool) -> Quanti
 class QuantizedExperts:
     """As `GroupedExperts`, on quantised weights; bf16 rows in and out."""
 
-    def __init__(self, w13: QuantizedWeight, w2: QuantizedWeight) -> None:
+    def __init__(
+        self,
+        w13: QuantizedWeight,
+        w2: QuantizedWeight,
+        biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+        limit: float = 0,
+    ) -> None:
         w13.check()
         w2.check()
         experts, double, hidden = w13.shape
         if w2.shape != (experts, hidden, double // 2) or w13.mxfp4 != w2.mxfp4:
             raise ValueError(f"w13 {w13.shape} and w2 {w2.shape} do not belong together")
+        check_biases(biases, experts, double, hidden)
         self.w13, self.w2 = w13, w2
+        self._bias13, self._bias2 = biases or (w13.scale, w2.scale)  # not read without biases
+        self._bias, self._limit = biases is not None, float(limit)
         self.num_experts, self.hidden, self.intermediate = experts, hidden, double // 2
         self._grouper = PairGrouper(experts, w13.data.device)
         self._constants = {"MXFP4": w13.mxfp4, "ASM": isinstance(quantized_down_kernel, triton.JITFunction)}
@@ -131,17 +141,17 @@ class QuantizedExperts:
     def gate_up(self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, tiling: QuantizedTiling) -> None:
         """Gate and up product with SwiGLU; activations: [pairs, intermediate] in grouped order."""
         quantized_gate_up_kernel[(grouping.max_tiles * triton.cdiv(self.intermediate, tiling.gate_up_n),)](
-            x, x.stride(0), self._descriptor(self.w13, 2, tiling.gate_up_n), self.w13.scale, activations,
+            x, x.stride(0), self._descriptor(self.w13, 2, tiling.gate_up_n), self.w13.scale, self._bias13, activations,
             grouping.rows, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
-            BLOCK_N=tiling.gate_up_n, **self._launch(tiling),
+            BLOCK_N=tiling.gate_up_n, BIAS=self._bias, LIMIT=self._limit, **self._launch(tiling),
         )  # fmt: skip
 
     def down(self, activations: torch.Tensor, grouping: Grouping, out: torch.Tensor, tiling: QuantizedTiling) -> None:
         """Down product; row `pair` of out gets the pair's result."""
         quantized_down_kernel[(grouping.max_tiles * triton.cdiv(self.hidden, tiling.down_n),)](
-            activations, self._descriptor(self.w2, 1, tiling.down_n), self.w2.scale, out, out.stride(0),
+            activations, self._descriptor(self.w2, 1, tiling.down_n), self.w2.scale, self._bias2, out, out.stride(0),
             grouping.order, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
-            BLOCK_N=tiling.down_n, **self._launch(tiling),
+            BLOCK_N=tiling.down_n, BIAS=self._bias, **self._launch(tiling),
         )  # fmt: skip
 
     @staticmethod

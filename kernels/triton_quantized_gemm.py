@@ -1,12 +1,12 @@
 """The grouped GEMMs on fp8 and MXFP4 weights, which become bf16 in registers, exactly, on their way into the product.
 
-What one scale covers of K (128 for fp8 blocks, 32 for MXFP4) gets an accumulator of its own, which is scaled and added by
-one fused multiply-add per element, in ascending order of K. So a row's bits depend on nothing else here too, as long as a
-tile has at least 64 weight rows: below that Triton multiplies by mma.sync, with K in another order for such weights. The
-weights are always the left operand, whose registers feed the product; gate and up rows are one operand.
+What one scale covers of K (128 for fp8 blocks, 32 for MXFP4) gets an accumulator of its own, which is scaled and added
+by one fused multiply-add per element, in ascending order of K. So a row's bits depend on nothing else here too, as long
+as a tile has at least 64 weight rows: below that Triton multiplies by mma.sync, with K in another order for these.
+The weights are always the left operand, whose registers feed the product; gate and up rows are one operand.
 
-MXFP4 weights are repacked once (`pack_mxfp4`): 32 bytes hold 64 weights of a row, the first 32 in the low nibbles, and the
-same 64 columns of all rows follow each other.
+MXFP4 weights are repacked once (`pack_mxfp4`): 32 bytes hold 64 weights of a row, the first 32 in the low nibbles, and
+the same 64 columns of all rows follow each other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_grouped_gemm import _locate, _swiglu
+from kernels.triton_activation import add_bias, swiglu
+from kernels.triton_grouped_gemm import _locate
 from kernels.triton_grouping import TILE_FIELDS
 
 FP8_BLOCK = tl.constexpr(128)
@@ -25,8 +26,8 @@ MXFP4_GROUP = tl.constexpr(32)
 def _nibbles(packed, ASM: tl.constexpr):
     """[rows, 16] int16 of four e2m1 each as two bf16 operands of [rows, 32]: low nibbles of the bytes, then high ones.
 
-    A nibble's exponent and mantissa bits, put where bf16 has its lowest exponent bits, read as the value times 2^-126. One
-    multiplication puts both them and the sign in place: its two copies of four bits do not touch.
+    A nibble's exponent and mantissa bits, put where bf16 has its lowest exponent bits, read as the value times 2^-126.
+    One multiplication puts both them and the sign in place: its two copies of four bits do not touch.
     """
     if ASM:
         even, odd, high_even, high_odd = tl.inline_asm_elementwise(
@@ -90,7 +91,7 @@ def _product(
 ):  # fmt: skip
     """[PARTS * BLOCK_N, BLOCK_M]: BLOCK_N rows from `column` on of each of an expert's PARTS matrices times token rows.
 
-    rows: their numbers among the expert's n_rows; x_ptrs: [BLOCK_M, 32 or 128]; w_desc: [matrices, rows, depth], for MXFP4
+    rows: their numbers among the expert's n_rows; x_ptrs: [BLOCK_M, 32 or 128]; w_desc: [matrices, rows, depth], MXFP4
     [matrices by 64 columns, rows, 16] int16. The pipeliner does not stage scales: each step fetches the next one's.
     """
     acc = tl.zeros((PARTS * BLOCK_N, BLOCK_M), tl.float32)
@@ -122,8 +123,9 @@ def _product(
 
 @triton.jit
 def quantized_gate_up_kernel(
-    x_ptr, x_stride, w_desc, scale_ptr, act_ptr, rows_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
+    x_ptr, x_stride, w_desc, scale_ptr, bias_ptr, act_ptr, rows_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, MXFP4: tl.constexpr, ASM: tl.constexpr,
+    BIAS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """As gate_up_kernel; BLOCK_N rows of gate and as many of up."""
     num_tiles = tl.load(num_tiles_ptr)
@@ -144,16 +146,22 @@ def quantized_gate_up_kernel(
             BLOCK_M, BLOCK_N, 2, MXFP4, ASM,
         )  # fmt: skip
         gate, up = tl.split(both.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
-        act = _swiglu(gate, up, act_ptr.dtype.element_ty).T
         n = column + tl.arange(0, BLOCK_N)
+        if BIAS:
+            expert_bias_ptr = bias_ptr + tl.load(entry) * 2 * intermediate
+            gate = add_bias(gate, expert_bias_ptr, n, n < intermediate, True)
+            up = add_bias(up, expert_bias_ptr + intermediate, n, n < intermediate, True)
+        act = swiglu(gate, up, LIMIT).to(act_ptr.dtype.element_ty).T
         act_ptrs = act_ptr + (start + m).to(tl.int64)[:, None] * intermediate + n[None, :]
         tl.store(act_ptrs, act, mask=live[:, None] & (n < intermediate)[None, :])
 
 
 @triton.jit
 def quantized_down_kernel(
-    act_ptr, w_desc, scale_ptr, out_ptr, out_stride, order_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
+    act_ptr, w_desc, scale_ptr, bias_ptr, out_ptr, out_stride, order_ptr, tiles_ptr, num_tiles_ptr,
+    hidden, intermediate,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, MXFP4: tl.constexpr, ASM: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """As down_kernel."""
     num_tiles = tl.load(num_tiles_ptr)
@@ -170,6 +178,8 @@ def quantized_down_kernel(
             act_ptr + (start + m).to(tl.int64)[:, None] * intermediate + k[None, :], live, w_desc, scale_ptr,
             tl.load(entry), n, block_n * BLOCK_N, hidden, intermediate, BLOCK_M, BLOCK_N, 1, MXFP4, ASM,
         )  # fmt: skip
+        if BIAS:
+            acc = add_bias(acc, bias_ptr + tl.load(entry) * hidden, n, n < hidden, True)
         pair = tl.load(order_ptr + start + m, mask=live, other=0)
         out_ptrs = out_ptr + pair.to(tl.int64)[:, None] * out_stride + n[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty).T, mask=live[:, None] & (n < hidden)[None, :])

@@ -78,6 +78,20 @@ def test_off_tile_sizes_and_experts_without_tokens(
     assert bool(result[~local].isnan().all())
 
 
+@pytest.mark.parametrize("name", TILINGS)
+def test_biases_and_the_clamped_activation(name: str) -> None:
+    dtype = torch.float16
+    w13, w2 = weights(3, 72, 40, dtype)
+    biases = (rows_of(3, 80, dtype, seed=3), rows_of(3, 72, dtype, seed=4))
+    hidden_states = 3 * rows_of(5, 72, dtype)  # so that some values are clamped
+    experts, rows = ints([1] * 20 + [0, 2, 2]), ints([position % 5 for position in range(23)])
+    layer = GroupedExperts(w13, w2, biases, limit=2.5)
+    result = layer.forward(hidden_states, experts, rows, tiling=TILINGS[name])
+    expected = reference.expert_ffn(hidden_states, w13, w2, experts, rows, biases, limit=2.5)
+    assert worst_row_error(result, expected) < TOLERANCE[dtype]
+    assert worst_row_error(expected, reference.expert_ffn(hidden_states, w13, w2, experts, rows, biases, 100.0)) > 0.01
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_bits_depend_on_nothing_else(dtype: torch.dtype) -> None:
     w13, w2 = weights(3, 64, 48, dtype)
@@ -154,6 +168,8 @@ def test_arguments_are_checked() -> None:
         GroupedExperts(w13, w2[:, :, :16])
     with pytest.raises(ValueError, match="contiguous"):
         GroupedExperts(w13, w2.transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(ValueError, match="a bias"):
+        GroupedExperts(w13, w2, (w13[:, :, 0].contiguous(), w2[0]))
     with pytest.raises(ValueError, match="multiples of 8"):
         GroupedExperts(w13[:, :, :60].contiguous(), w2[:, :60].contiguous())
     experts = GroupedExperts(w13, w2)

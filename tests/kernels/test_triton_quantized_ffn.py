@@ -66,6 +66,19 @@ def test_against_the_dense_weights(make: Callable[[int, int, int], Made], hidden
     assert bool(out[~local].isnan().all())
 
 
+@pytest.mark.parametrize("make", [fp8, mxfp4])
+def test_biases_and_the_clamped_activation(make: Callable[[int, int, int], Made]) -> None:
+    (w13, dense13), (w2, dense2) = make(2, 256, 128), make(2, 128, 128)
+    generator = torch.Generator().manual_seed(9)
+    biases = tuple(torch.randn(2, columns, generator=generator).to(DEVICE) for columns in (256, 128))
+    hidden_states = 3 * rows_of(4, 128)
+    experts, rows = ints([0, 1, 1, 0]), ints([0, 1, 2, 3])
+    result = QuantizedExperts(w13, w2, biases, limit=2.5).forward(hidden_states, experts, rows)
+    expected = reference.expert_ffn(hidden_states, dense13, dense2, experts, rows, biases, limit=2.5)
+    error = (result.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(error.max()) < TOLERANCE
+
+
 if DEVICE == "cuda":  # the interpreter multiplies with numpy, whose bits follow the shape of a tile
 
     @pytest.mark.parametrize("make", [fp8, mxfp4])
