@@ -84,7 +84,9 @@ class _Child:
 
     def signal(self, number: int) -> None:
         if self.process is not None and self.process.returncode is None:
-            self.process.send_signal(number)
+            # Not `send_signal`: it polls first, and may so take the exit status that asyncio's own waiter waits for.
+            with contextlib.suppress(ProcessLookupError):  # it ended a moment ago; that has not reached the loop yet
+                os.kill(self.process.pid, number)
 
 
 class Supervisor:
