@@ -44,7 +44,7 @@ def _locate(index, tiles_ptr, n_blocks, GROUP_M: tl.constexpr):
     start = (inside // per_group) * GROUP_M
     height = tl.minimum(tiles - start, GROUP_M)
     rest = inside % per_group
-    return first + rest % height, rest // height
+    return first + start + rest % height, rest // height
 
 
 @triton.jit
