@@ -107,7 +107,6 @@ class Engine:
         """Serve until `stop`."""
         with torch.inference_mode():
             while not self._stopping:
-                self._receive()
                 self._look()
                 self._start()
                 self._poll()
@@ -116,21 +115,34 @@ class Engine:
                 self.progress += 1
         self._exchange.close()
 
+    def _poll(self) -> None:
+        """Wait until something happens, and take note of it."""
+        ready = self._poller.poll(IDLE_POLL_MS)
+        sockets = [socket for socket, _ in ready]
+        if self._wakeup.fd in sockets:
+            self._wakeup.clear()
+            self._follow_view()
+        if self._frontend.socket in sockets:
+            self._receive()
+        self._exchange.handle(ready)
+        if self._exchange.changed:
+            self._exchange.changed = False
+            self._retry_parked()
+
     def _receive(self) -> None:
         for gateway, message in self._frontend.receive():
             if isinstance(message, Submit):
                 self._submit(gateway, message)
             elif isinstance(message, Abort):
                 self._scheduler.abort(message.request_id, message.attempt)
-        if self._new_view is not None:
-            view, self._new_view = self._new_view, None
+
+    def _follow_view(self) -> None:
+        view, self._new_view = self._new_view, None
+        if view is not None:
             self._exchange.view_changed(view)
             self.view = view
             if self.loads.shape != (view.layers, view.experts):
                 self.loads = np.zeros((view.layers, view.experts), np.float32)
-        if self._exchange.changed:
-            self._exchange.changed = False
-            self._retry_parked()
 
     def _submit(self, gateway: bytes, submit: Submit) -> None:
         sequence = Sequence.from_submit(submit, gateway, self._clock())
@@ -169,20 +181,13 @@ class Engine:
             self.forward_rows += flight.rows
             self._to_experts(flight)
 
-    def _poll(self) -> None:
-        """Wait for something to happen, not at all when there is something to do."""
-        ready = self._poller.poll(IDLE_POLL_MS)
-        if any(s == self._wakeup.fd for s, _ in ready):
-            self._wakeup.clear()
-        self._exchange.handle(ready)
-
     # --- a flight through the layers ---
 
     def _to_experts(self, flight: Flight) -> None:
         flight.until_experts()
         _, topk_ids, _ = flight.expert_arrays()
         if self.loads.size:
-            np.add.at(self.loads[flight.layer], topk_ids.reshape(-1), 1)
+            self.loads[flight.layer] += np.bincount(topk_ids.reshape(-1), minlength=self.loads.shape[1])
         self._exchange.submit(flight)
 
     def _advance(self, finished: Finished) -> None:

@@ -124,12 +124,14 @@ class Exchange:
 
     def handle(self, ready: list[tuple[Any, int]]) -> None:
         """Act on what a poll found. Replies come before losses: a dead server's last answers still count."""
-        connections = {c.server_id: c for s, _ in ready if (c := self._by_socket.get(s)) is not None}
-        for connection in connections.values():
-            self._drain(connection)
-        for connection in connections.values():
-            if connection.open and connection.lost():
-                self._drain(connection)
+        found = [(socket, c) for socket, _ in ready if (c := self._by_socket.get(socket)) is not None]
+        for socket, connection in found:
+            if socket is connection.socket:
+                self._receive(connection)  # one message: what else is there the next poll finds at once
+        for socket, connection in found:
+            if socket is connection.watch and connection.open and connection.lost():
+                while self._receive(connection):
+                    pass
                 self._lose(connection, "the connection is lost")
 
     def close(self) -> None:
@@ -147,14 +149,18 @@ class Exchange:
         self._by_socket[connection.socket] = self._by_socket[connection.watch] = connection
         connection.register(self._poller)
 
-    def _drain(self, connection: Connection) -> None:
-        while connection.open and (frames := connection.receive()) is not None:
-            try:
-                message, tensor = protocol.decode(frames)
-            except ProtocolError as e:
-                self._lose(connection, f"a bad message ({e})", REFUSED_RETRY_S)
-            else:
-                self._take(connection, message, tensor)
+    def _receive(self, connection: Connection) -> bool:
+        """Act on the next message; False when there is none."""
+        frames = connection.receive() if connection.open else None
+        if frames is None:
+            return False
+        try:
+            message, tensor = protocol.decode(frames)
+        except ProtocolError as e:
+            self._lose(connection, f"a bad message ({e})", REFUSED_RETRY_S)
+        else:
+            self._take(connection, message, tensor)
+        return True
 
     def _take(self, connection: Connection, message: Any, tensor: memoryview | None) -> None:
         server, now = connection.server_id, self._clock()
