@@ -52,6 +52,7 @@ class Config:
     expert_server_args: str = option("", "further flags of each expert server")
     router_args: str = option("", "further flags of each router")
     gateway_args: str = option("", "further flags of the gateway")
+    rejoin_grace_s: float = option(2.0, "seconds that a dead server's experts wait for it before others load them")
     max_restart_delay_s: float = option(10.0, "longest delay before a process that keeps dying is started again")
     drain_timeout_s: float = option(30.0, "at a stop, how long each kind of process may take before it is killed")
 
@@ -89,6 +90,7 @@ def commands(config: Config, checkpoint: Path, run_directory: Path) -> list[Comm
         return Command(server_id, kind, argv)
 
     size = ["--expert-servers", str(config.expert_servers), "--replication", str(config.replication)]
+    size += ["--rejoin-grace-s", str(config.rejoin_grace_s)]
     coordinator = [*command_line("coordinator"), "--bind", join, *size, *shlex.split(config.coordinator_args)]
     name = config.served_model_name or ("default" if config.model == "default" else checkpoint.name)
     http = ["--host", config.host, "--port", str(config.port), "--served-model-name", name]

@@ -109,7 +109,7 @@ def test_each_process_gets_its_flags() -> None:
     ids = [c.id for c in commands(config, Path("/models/m"), Path("/run/r"))]
     assert ids == ["coordinator", "expert-0", "expert-1", "expert-2", "router-0", "gateway-0"]
     join = ["--checkpoint", "/models/m", "--join", "ipc:///run/r/coordinator"]
-    size = ["--expert-servers", "3", "--replication", "2"]
+    size = ["--expert-servers", "3", "--replication", "2", "--rejoin-grace-s", "2.0"]
     assert argv(config, "coordinator") == ["moering.coordinator", "--bind", "ipc:///run/r/coordinator", *size]
     bind = ["--id", "expert-1", "--bind", "ipc:///run/r/expert-1.0"]
     assert argv(config, "expert-1") == ["expert_server", *join, *bind]
