@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from typing import Any, TypeVar
 
 import msgpack
 
+from moering import codec
 from moering.errors import ProtocolError
 
 PROTOCOL_VERSION = 1
@@ -365,8 +365,8 @@ Message = (
 
 def encode(message: Any) -> bytes:
     """The header frame of a message."""
-    fields = {name: _plain(getattr(message, name)) for name in message.__slots__}
-    return typing.cast(bytes, msgpack.packb({"v": PROTOCOL_VERSION, "kind": message.KIND, **fields}))
+    fields = {"v": PROTOCOL_VERSION, "kind": message.KIND, **codec.to_map(message)}
+    return typing.cast(bytes, msgpack.packb(fields))
 
 
 def decode(frames: Sequence[bytes | memoryview]) -> tuple[Any, memoryview | None]:
@@ -384,11 +384,11 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Any, memoryview | None
         raise ProtocolError("the header is not a map")
     version, kind = fields.pop("v", None), fields.pop("kind", None)
     if type(version) is not int or version != PROTOCOL_VERSION:
-        raise ProtocolError(f"protocol version {_shown(version)}; this process speaks {PROTOCOL_VERSION}")
+        raise ProtocolError(f"protocol version {codec.shown(version)}; this process speaks {PROTOCOL_VERSION}")
     cls = KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise ProtocolError(f"unknown message kind {_shown(kind)}")
-    message = _build(cls, fields, str(kind))
+        raise ProtocolError(f"unknown message kind {codec.shown(kind)}")
+    message = codec.from_map(cls, fields, str(kind))
     return message, _tensor(message, frames)
 
 
@@ -410,98 +410,3 @@ def _tensor(message: Any, frames: Sequence[bytes | memoryview]) -> memoryview | 
     if tensor.nbytes != expected:
         raise ProtocolError(f"{kind}: a tensor of {tensor.nbytes} bytes; dtype and shape ask for {expected}")
     return tensor
-
-
-def _shown(value: Any) -> str:
-    """A value for an error text. Of a list or map only its type: `repr` of a deep one overflows the stack."""
-    return type(value).__name__ if isinstance(value, list | dict) else f"{value!r:.60}"
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
-        return [_plain(v) for v in value]
-    return value
-
-
-_CHECKS: dict[type, dict[str, tuple[Callable[[Any, str], Any], bool]]] = {}
-
-
-def _build(cls: Any, fields: Any, where: str) -> Any:
-    """An instance of dataclass `cls` from the map `fields`, every field checked against its annotation."""
-    if not isinstance(fields, dict):
-        raise ProtocolError(f"{where}: not a map")
-    checks = _CHECKS.get(cls)
-    if checks is None:
-        hints = typing.get_type_hints(cls)
-        checks = _CHECKS[cls] = {f.name: (_check(hints[f.name]), _required(f)) for f in dataclasses.fields(cls)}
-    for name in fields:
-        if name not in checks:
-            raise ProtocolError(f"{where}: unknown field {name!r:.60}")
-    values = {}
-    for name, (check, required) in checks.items():
-        if name in fields:
-            values[name] = check(fields[name], f"{where}.{name}")
-        elif required:
-            raise ProtocolError(f"{where}.{name}: missing")
-    return cls(**values)
-
-
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _check(hint: Any) -> Callable[[Any, str], Any]:
-    """A function that returns a value of type `hint` or raises `ProtocolError`."""
-    if dataclasses.is_dataclass(hint):
-        return lambda value, where: _build(hint, value, where)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        inner = _check(next(a for a in args if a is not type(None)))
-        return lambda value, where: None if value is None else inner(value, where)
-    if origin is list:
-        return _check_list(args[0])
-    if origin is dict:
-        return _check_dict(*args)
-    if hint is float:
-        return _check_float
-
-    def exact(value: Any, where: str) -> Any:
-        if type(value) is not hint:
-            raise ProtocolError(f"{where}: {type(value).__name__} where {hint.__name__} is expected")
-        return value
-
-    return exact
-
-
-def _check_float(value: Any, where: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ProtocolError(f"{where}: {_shown(value)} is not a finite number")
-    return float(value)
-
-
-def _check_list(item_hint: Any) -> Callable[[Any, str], Any]:
-    item = _check(item_hint)
-
-    def check(value: Any, where: str) -> Any:
-        if type(value) is not list:
-            raise ProtocolError(f"{where}: {type(value).__name__} where list is expected")
-        if item_hint is int:  # token ids: thousands of them, checked without a call each
-            if not all(type(v) is int for v in value):
-                raise ProtocolError(f"{where}: not all items are integers")
-            return value
-        return [item(v, where) for v in value]
-
-    return check
-
-
-def _check_dict(key_hint: Any, value_hint: Any) -> Callable[[Any, str], Any]:
-    key, item = _check(key_hint), _check(value_hint)
-
-    def check(value: Any, where: str) -> Any:
-        if type(value) is not dict:
-            raise ProtocolError(f"{where}: {type(value).__name__} where map is expected")
-        return {key(k, where): item(v, where) for k, v in value.items()}
-
-    return check
