@@ -1,0 +1,44 @@
+"""Streams through a failure, held against the same streams without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.integration.cluster import Cluster
+from tests.integration.streams import Stream, Streams, bodies, check_equal
+
+STREAMS, TOKENS, FAULT_AT = 8, 160, 40
+
+
+class Scenario:
+    """A cluster, and what its streams bring when nothing fails."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self._bodies = bodies(STREAMS, TOKENS)
+        self.reference = Streams(cluster.url, self._bodies).finish()
+        assert len({tuple(s.tokens) for s in self.reference}) == STREAMS
+        assert all(len(s.tokens) == len(s.digests) == TOKENS for s in self.reference)
+        check_equal(self.reference, self.reference)
+        counted = cluster.counters_after(0)
+        assert counted["rows_lost"] == counted["tokens_recomputed"] == counted["forwards_dropped"] == 0
+
+    def through(self, fault: Callable[[Streams], None]) -> list[Stream]:
+        """Run all streams, call `fault` in their middle, and check that nobody can tell by what he got."""
+        streams = Streams(self.cluster.url, self._bodies)
+        streams.wait_tokens(FAULT_AT)
+        fault(streams)
+        seen = streams.finish()
+        check_equal(seen, self.reference)
+        return seen
+
+    def through_death_of_servers(self, fault: Callable[[Streams], None], lost: int) -> list[Stream]:
+        """The same, and by the router's own account only the rows that were lost were computed again."""
+        before = self.cluster.counters()
+        seen = self.through(fault)
+        after = self.cluster.counters_after(before["forwards"])
+        grown = {name: after[name] - before[name] for name in after}
+        assert grown["servers_lost"] == lost
+        assert grown["rows_resent"] == grown["rows_lost"]
+        assert grown["forwards_dropped"] == grown["tokens_recomputed"] == grown["preemptions"] == 0
+        return seen

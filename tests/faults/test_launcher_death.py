@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import psutil
+
+from tests.integration.cluster import serving, wait_for
+
+
+def test_a_killed_launcher_leaves_no_process(checkpoint: Path, tmp_path: Path) -> None:
+    with serving(checkpoint, tmp_path) as cluster:
+        children = psutil.Process(cluster.launcher.pid).children(recursive=True)
+        assert {p["pid"] for p in cluster.status()["processes"]} <= {c.pid for c in children}
+        cluster.kill("expert-0", number=signal.SIGSTOP)  # one that cannot act on anything itself
+        cluster.launcher.kill()
+        wait_for("all processes are gone", lambda: not any(map(_runs, children)))
+
+
+def _runs(process: psutil.Process) -> bool:
+    """A zombie is dead: in a container there may be nobody who reaps it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
