@@ -30,6 +30,9 @@ from moering.config import option
 BARS = {"one": 1.5, "sequential": 4.0, "batched": 1.5}
 """Mode of transformers → moering's least ratio: one prompt, `streams` one after the other, `streams` in one call."""
 
+HOPELESS = 3
+"""What is so many times slower than the fastest with one prompt is not tried with several."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -95,13 +98,16 @@ def make_prompts(checkpoint: Path, config: Config) -> list[Prompts]:
 async def _choose(config: Config, theirs: Transformers, prompts: Prompts) -> dict[str, Variant]:
     """The fastest variant for each mode. One prompt after the other is as one prompt."""
     found = itertools.product(config.dtypes, config.experts, map(int, config.threads))
-    speeds: dict[str, dict[Variant, float]] = {"one": {}, "batched": {}}
+    one: dict[Variant, float] = {}
     for variant in tqdm([Variant(*v) for v in found], desc="trials", disable=None):
-        for mode, chosen in (("one", prompts[:1]), ("batched", prompts)):
-            tries = [await theirs.generate(chosen, config.trial_tokens, mode == "batched", variant) for _ in range(2)]
-            speeds[mode][variant] = max(t.tokens_per_s for t in tries)
-    one, batched = (max(s, key=s.__getitem__) for s in speeds.values())
-    return {"one": one, "sequential": one, "batched": batched}
+        await theirs.generate(prompts[:1], 1, False, variant)  # first use of everything: not counted
+        one[variant] = (await theirs.generate(prompts[:1], config.trial_tokens, False, variant)).tokens_per_s
+    batched: dict[Variant, float] = {}
+    for variant, speed in one.items():
+        if speed * HOPELESS >= max(one.values()):
+            batched[variant] = (await theirs.generate(prompts, config.trial_tokens, True, variant)).tokens_per_s
+    best = max(one, key=one.__getitem__)
+    return {"one": best, "sequential": best, "batched": max(batched, key=batched.__getitem__)}
 
 
 async def _round(
