@@ -74,7 +74,9 @@ def run(config: Config) -> int:
     transport.bind(socket, config.bind)
     poller = BusyPoller()
     exchange = LocalExchange(LocalExperts(checkpoint), config.threads)
-    frontend = Frontend(socket, config.server_id, incarnation(), config.max_num_seqs)
+    frontend = Frontend(
+        socket, config.server_id, incarnation(), config.max_num_seqs, checkpoint.path.name, checkpoint.digest
+    )  # fmt: skip
     engine = build_engine(config, checkpoint, exchange, frontend, poller)  # type: ignore[arg-type]
     poller.busy = staticmethod(lambda: bool(exchange._finished))  # type: ignore[method-assign]
     install_signal_handlers(engine.stop)

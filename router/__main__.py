@@ -42,7 +42,9 @@ class Router:
         poller = zmq.Poller()
         hello = Hello("router", self.id, self.incarnation, self.model, self.checkpoint.digest)
         self.exchange = Exchange(hello, poller, time.monotonic)
-        frontend = Frontend(socket, self.id, self.incarnation, config.max_num_seqs)
+        frontend = Frontend(
+            socket, self.id, self.incarnation, config.max_num_seqs, self.model, self.checkpoint.digest
+        )  # fmt: skip
         self.engine = build_engine(config, self.checkpoint, self.exchange, frontend, poller)
         self.lease = LeaseClient(
             config.join, self._register, self._lease, self.engine.view_changed, self._on_refused

@@ -16,8 +16,11 @@ logger = logging.getLogger(__name__)
 class Frontend:
     """The socket that gateways connect to. Used by the engine's thread only."""
 
-    def __init__(self, socket: Any, server_id: str, incarnation: int, max_num_seqs: int) -> None:
+    def __init__(
+        self, socket: Any, server_id: str, incarnation: int, max_num_seqs: int, model: str, digest: str
+    ) -> None:
         self.socket = socket
+        self._model, self._digest = model, digest
         self._welcome = Welcome(server_id, incarnation, max_num_seqs, max_num_seqs)
         self._tokens: dict[bytes, list[Token]] = defaultdict(list)
         self._gateways: set[bytes] = set()
@@ -37,8 +40,7 @@ class Frontend:
             if isinstance(message, Submit | Abort):
                 messages.append((identity, message))
             elif isinstance(message, Hello):
-                self._gateways.add(identity)
-                self._send(identity, self._welcome)
+                self._greet(identity, message)
             else:
                 self._send(identity, Refused(f"a router takes no {message.KIND}", fatal=True))
         return messages
@@ -62,6 +64,18 @@ class Frontend:
         """End a request with an error, after the tokens it already has."""
         self.flush()
         self._send(gateway, Failed(request_id, attempt, code, message))
+
+    def _greet(self, identity: bytes, hello: Hello) -> None:
+        if hello.model in ("", self._model) and hello.digest in ("", self._digest):
+            self._gateways.add(identity)
+            self._send(identity, self._welcome)
+            return
+        reason = (
+            f"{self._welcome.server_id} serves {self._model} with digest {self._digest:.16}…, "
+            f"{hello.server_id} asks for {hello.model} with digest {hello.digest:.16}…"
+        )
+        logger.warning("refused a hello: %s", reason)
+        self._send(identity, Refused(reason, fatal=True))
 
     def _send(self, identity: bytes, message: Any) -> None:
         if not transport.try_send(self.socket, [identity, protocol.encode(message)]):

@@ -86,7 +86,7 @@ class MiniCluster:
         socket = transport.make_socket(zmq.ROUTER)
         self.address = transport.bind(socket, f"ipc://{directory}/r")
         config = Config(**{"kv_cache_mb": 64, **options})
-        frontend = Frontend(socket, "r", 1, 64)
+        frontend = Frontend(socket, "r", 1, 64, "m", self.checkpoint.digest)
         self.engine = build_engine(config, self.checkpoint, self.exchange, frontend, poller)
         self.epoch = 0
         self.publish()
