@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from typing import Any
 
 from tests.faults.scenario import FAULT_AT, Scenario
-from tests.integration.cluster import SERVERS, wait_for
+from tests.integration.cluster import SERVERS, Cluster, wait_for
 from tests.integration.streams import Streams
 
 EXPERTS = 4 * 8  # of all layers
@@ -16,10 +17,14 @@ def test_expert_servers_die_one_after_the_other(scenario: Scenario) -> None:
     cluster = scenario.cluster
     for victim in ("expert-0", "expert-1"):
         others = [cluster.process(i)["incarnation"] for i in SERVERS if i != victim]
-        killed: list[dict[str, Any]] = []
-        scenario.through_death_of_servers(lambda _, v=victim, k=killed: k.extend(cluster.kill(v)), lost=1)
-        cluster.wait_replaced(killed)
+        dead = cluster.process(victim)
+        scenario.through_death_of_servers(partial(_kill, cluster, victim), lost=1)
+        cluster.wait_replaced([dead])
         assert [cluster.process(i)["incarnation"] for i in SERVERS if i != victim] == others
+
+
+def _kill(cluster: Cluster, victim: str, _: Streams) -> None:
+    cluster.kill(victim)
 
 
 def test_both_holders_of_some_experts_die_at_once(scenario: Scenario) -> None:

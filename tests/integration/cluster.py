@@ -99,16 +99,12 @@ class Cluster:
 
     def wait_replaced(self, victims: Sequence[dict[str, Any]]) -> None:
         """Each has been started again, and the cluster is whole."""
-        for victim in victims:
-            wait_for(
-                f"another incarnation of {victim['id']}",
-                lambda v=victim: self._is_replaced(v["id"], v["incarnation"]),
-            )
+        wait_for("the dead are back with new incarnations", lambda: all(map(self._is_replaced, victims)))
         self.wait_settled()
 
-    def _is_replaced(self, server_id: str, incarnation: int) -> bool:
-        now = [p for p in self.status()["processes"] if p["id"] == server_id]
-        return bool(now) and now[0]["state"] == "ONLINE" and now[0]["incarnation"] != incarnation
+    def _is_replaced(self, victim: dict[str, Any]) -> bool:
+        now = [p for p in self.status()["processes"] if p["id"] == victim["id"]]
+        return bool(now) and now[0]["state"] == "ONLINE" and now[0]["incarnation"] != victim["incarnation"]
 
     # --- what the router counted ---
 

@@ -1,0 +1,41 @@
+"""Which bytes of the checkpoint a process reads, and which libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from expert_server.__main__ import ExpertServer
+from expert_server.config import Config as ExpertConfig
+from moering.checkpoint import Checkpoint
+from moering.protocol import Leave
+from router.__main__ import Router
+from router.config import Config as RouterConfig
+from tests.integration.cluster import Cluster
+
+
+def test_a_router_reads_no_expert(checkpoint: Path, tmp_path: Path) -> None:
+    reference = Checkpoint(checkpoint)
+    for name in reference.names():
+        reference.tensor(name)
+    router = Router(RouterConfig(checkpoint=str(checkpoint), bind=f"ipc://{tmp_path}/r", kv_cache_mb=64))
+    assert 0 < router.checkpoint.bytes_read <= reference.bytes_read
+    size = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
+    assert size - router.checkpoint.bytes_read > reference.num_layers * reference.num_experts * reference.expert_bytes
+
+
+def test_an_expert_server_reads_its_own_experts_only(cluster: Cluster, checkpoint: Path, tmp_path: Path) -> None:
+    """A fourth server, in this process, joins the cluster and gets a share."""
+    join = cluster.process("coordinator")["address"]
+    server = ExpertServer(ExpertConfig(str(checkpoint), join, f"ipc://{tmp_path}/e", id="expert-3", nice=False))
+    server.service.start()
+    server.lease.start()
+    try:
+        server._join_cluster()
+        assert server.state == "ONLINE"
+        own = len(server.residency.keys())
+        assert 0 < own < server.checkpoint.num_layers * server.checkpoint.num_experts
+        assert server.checkpoint.bytes_read == own * server.checkpoint.expert_bytes
+    finally:
+        server.lease.close(Leave(server.id, server.incarnation))
+        server.service.close()
+    cluster.wait_settled()
