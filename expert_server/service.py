@@ -20,6 +20,8 @@ from moering.protocol import MAX_TENSOR_BYTES, Dispatch, Failed, Hello, NotHere,
 
 logger = logging.getLogger(__name__)
 
+STOP_CHECK_MS = 200
+
 Compute = Callable[[np.ndarray, np.ndarray, list[int], list[Any], np.ndarray], None]
 """(hidden [rows, H], rows [pairs], counts, experts, out [pairs, H]): the grouped expert kernel."""
 
@@ -33,7 +35,6 @@ class Service(threading.Thread):
         self._credit_rows, self._residency = credit_rows, residency
         self._opened = threading.Event()
         self._stopping = False
-        self._wakeup = transport.Wakeup()
         self.progress = 0  # turns of the loop: a lease reports it
         self.queued = 0
         self.epoch = 0
@@ -52,18 +53,14 @@ class Service(threading.Thread):
         """Stop after the batch in hand."""
         self._stopping = True
         self._opened.set()
-        self._wakeup.set()
         if self.is_alive():
             self.join(timeout=5.0)
 
     def run(self) -> None:
         """The thread's loop: receive, group, compute, reply."""
         self._opened.wait()
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._wakeup.fd, zmq.POLLIN)
+        self._socket.rcvtimeo = STOP_CHECK_MS  # a blocking receive: a poll before it costs a router time
         while not self._stopping:
-            poller.poll()
             requests = self._receive()
             self.queued = len(requests)
             for group in batching.group(requests, self._max_pairs):
@@ -73,15 +70,25 @@ class Service(threading.Thread):
         self._socket.close()
 
     def _receive(self) -> list[Request]:
-        """All dispatches that are waiting, within the credit of one router; other messages are answered at once."""
+        """Wait for a message, then take all that are there, within the credit of one router. Returns the dispatches;
+        other messages are answered at once."""
         requests: list[Request] = []
         rows = 0
-        while rows < self._credit_rows and (frames := transport.try_receive(self._socket)) is not None:
+        frames = self._wait()
+        while frames is not None:
             request = self._handle(frames[0], frames[1:])
             if request is not None:
                 requests.append(request)
                 rows += len(request.hidden)
+            frames = transport.try_receive(self._socket) if rows < self._credit_rows else None
         return requests
+
+    def _wait(self) -> list[bytes] | None:
+        try:
+            frames: list[bytes] = self._socket.recv_multipart()
+        except zmq.Again:
+            return None
+        return frames
 
     def _handle(self, identity: bytes, frames: list[bytes]) -> Request | None:
         try:
