@@ -83,7 +83,7 @@ class Cluster:
         except HttpError:
             return False
         online = {p["id"] for p in status["processes"] if p["state"] == "ONLINE"}
-        return online >= {*SERVERS, "router-0", "coordinator"} and status["failures_survivable"] == 1
+        return online >= {*SERVERS, "router-0", "gateway-0", "coordinator"} and status["failures_survivable"] == 1
 
     def wait_settled(self) -> None:
         wait_for("all processes serve and one failure is survived", self.settled)

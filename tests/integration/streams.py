@@ -45,10 +45,6 @@ class Stream:
     closed: bool = False
     longest_gap_s: float = 0.0
 
-    @property
-    def output(self) -> tuple[list[int], list[str]]:
-        return self.tokens, self.digests
-
 
 class Streams:
     """Starts all requests at once."""
