@@ -62,7 +62,7 @@ class BusyPoller(zmq.Poller):
 
     busy = staticmethod(lambda: False)
 
-    def poll(self, timeout: int | float | None = None) -> list[tuple[Any, int]]:
+    def poll(self, timeout: int | None = None) -> list[tuple[Any, int]]:
         """See `zmq.Poller.poll`."""
         return super().poll(0 if self.busy() else timeout)
 
