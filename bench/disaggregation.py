@@ -25,6 +25,7 @@ import aiohttp
 import zmq
 
 from bench.cluster import serving
+from bench.command import checkpoint_path
 from moering import protocol, transport
 from moering.config import option, parse
 from moering.errors import ConfigError, MoeringError
@@ -101,7 +102,7 @@ async def run(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         async with serving(config.model, directory / "cluster.log", config.serve_flags, 600.0) as url:
-            router, checkpoint = await _router(url), _checkpoint(config.model)
+            router, checkpoint = await _router(url), checkpoint_path(config.model)
             with contextlib.ExitStack() as stack:
                 addresses = {"cluster": router}
                 for n in config.threads:
@@ -147,14 +148,6 @@ async def _router(url: str) -> str:
     async with aiohttp.ClientSession() as session, session.get(url + "/admin/status") as response:
         processes = (await response.json())["processes"]
     return next(str(p["address"]) for p in processes if p["kind"] == "router")
-
-
-def _checkpoint(model: str) -> str:
-    if model != "default":
-        return model
-    from moering.default_model import default_model_path
-
-    return str(default_model_path())
 
 
 def main() -> int:
