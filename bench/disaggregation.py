@@ -102,7 +102,7 @@ async def run(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         async with serving(config.model, directory / "cluster.log", config.serve_flags, 600.0) as url:
-            router, checkpoint = await _router(url), checkpoint_path(config.model)
+            router, checkpoint = await _router(url), str(checkpoint_path(config.model))
             with contextlib.ExitStack() as stack:
                 addresses = {"cluster": router}
                 for n in config.threads:
