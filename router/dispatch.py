@@ -178,11 +178,11 @@ class Dispatcher:
                 w.missing.append(slots[start:end])
             else:
                 name = self._servers[server]
-                instructions += self._pack(work, w, name, slots[start:end], experts[start:end], deaths, now_s)
+                instructions += self._pack(work, w, name, slots[start:end], experts[start:end], deaths)
         return instructions
 
     def _pack(
-        self, work: int, w: _Work, server: str, slots: np.ndarray, experts: np.ndarray, deaths: int, now_s: float
+        self, work: int, w: _Work, server: str, slots: np.ndarray, experts: np.ndarray, deaths: int
     ) -> list[Instruction]:
         """One dispatch, or several when the server takes fewer pairs at once."""
         queue = self._queues[server]
@@ -191,7 +191,7 @@ class Dispatcher:
             part, chosen = slots[at : at + queue.max_rows], experts[at : at + queue.max_rows]
             rows, local = _rows_of(part // w.top_k)
             self._next_seq += 1
-            d = Dispatch(self._next_seq, work, w.layer, server, part, chosen, rows, local, w.prefill, now_s, deaths)
+            d = Dispatch(self._next_seq, work, w.layer, server, part, chosen, rows, local, w.prefill, deaths)
             self._outstanding[d.seq] = d
             w.outstanding += 1
             if queue.fits(d):

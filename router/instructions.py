@@ -20,7 +20,6 @@ class Dispatch:
     rows: np.ndarray  # int64 [rows], rows of the micro-batch to send, ascending
     local_rows: np.ndarray  # uint16 [pairs], index into `rows`
     prefill: bool
-    sent_s: float
     deaths: int
 
 
