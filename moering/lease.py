@@ -1,8 +1,9 @@
 """The member's side of the coordinator: a thread that registers, renews the lease and receives the views.
 
-It runs apart from the main loop, so that loading, compiling or a long forward never lets a lease lapse. What it
-reports of the main loop (progress, queue, suspects) it asks for by callback at each renewal. While the coordinator is
-away the member serves on with its last view.
+What it says and what it takes is `moering.lease_session`; this is its socket and clock. It runs apart from the main
+loop, so that loading, compiling or a long forward never lets a lease lapse. What it reports of the main loop (progress,
+queue, suspects) it asks for by callback at each renewal. While the coordinator is away the member serves on with its
+last view.
 """
 
 from __future__ import annotations
@@ -10,16 +11,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import zmq
 
 from moering import protocol, transport
 from moering.errors import ProtocolError
-from moering.protocol import Lease, Refused, Register, Registered, Unknown, View
+from moering.lease_session import LeaseSession
+from moering.protocol import Lease, Register, View
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,9 @@ class LeaseClient(threading.Thread):
     ) -> None:
         super().__init__(name="lease", daemon=True)
         self._join_address = join
-        self._register, self._lease = register, lease
-        self._on_view, self._on_refused = on_view, on_refused
-        self._outbox: deque[Any] = deque()
+        self._session = LeaseSession(register, lease, on_view, on_refused)
         self._wakeup = transport.Wakeup()
         self._stopping = threading.Event()
-        self._view: View | None = None
-        self._registered = False
 
     def renew(self) -> None:
         """Send a lease now instead of at the next second."""
@@ -57,13 +53,13 @@ class LeaseClient(threading.Thread):
 
     def send(self, message: Any) -> None:
         """Send `message` to the coordinator soon, after what was given before."""
-        self._outbox.append(message)
+        self._session.send(message)
         self._wakeup.set()
 
     def close(self, last: Any = None) -> None:
         """Send `last` (a `Leave`), stop the thread and wait for it."""
         if last is not None:
-            self._outbox.append(last)
+            self._session.send(last)
         self._stopping.set()
         self._wakeup.set()
         if self.is_alive():
@@ -78,9 +74,9 @@ class LeaseClient(threading.Thread):
         try:
             self._connect(socket)
             while not self._stopping.is_set():
-                self._report(socket)
+                self._send(socket, self._session.renewal())
                 self._wait(poller, socket)
-            self._flush(socket)
+            self._send(socket, self._session.waiting())
         finally:
             socket.close(200)  # linger: a Leave should still go out
 
@@ -92,17 +88,9 @@ class LeaseClient(threading.Thread):
                 logger.warning("cannot resolve the coordinator's address %s (%s); trying again", self._join_address, e)
                 self._stopping.wait(RENEW_S)
 
-    def _report(self, socket: Any) -> None:
-        if self._registered:
-            self._flush(socket)
-            transport.try_send(socket, [protocol.encode(self._lease())])
-        else:
-            view = None if self._view is None else protocol.encode(self._view)
-            transport.try_send(socket, [protocol.encode(replace(self._register(), view=view))])
-
-    def _flush(self, socket: Any) -> None:
-        while self._outbox:
-            transport.try_send(socket, [protocol.encode(self._outbox.popleft())])
+    def _send(self, socket: Any, messages: list[Any]) -> None:
+        for message in messages:
+            transport.try_send(socket, [protocol.encode(message)])
 
     def _wait(self, poller: zmq.Poller, socket: Any) -> None:
         """Handle messages until it is time to renew or somebody calls `renew`."""
@@ -123,28 +111,4 @@ class LeaseClient(threading.Thread):
         except ProtocolError as e:
             logger.warning("dropped a message from the coordinator: %s", e)
             return False
-        if isinstance(message, View):
-            self._take(message)
-        elif isinstance(message, Registered):
-            if not self._registered:
-                logger.info("joined the coordinator's term %d", message.term)
-            was, self._registered = self._registered, True
-            return not was
-        elif isinstance(message, Unknown):
-            logger.info("the coordinator of term %d does not know this process; registering again", message.term)
-            self._registered = False
-            return True
-        elif isinstance(message, Refused):
-            self._registered = False
-            if message.fatal:
-                self._on_refused(message.reason)
-            else:
-                logger.warning("the coordinator refused: %s; trying again", message.reason)
-        return False
-
-    def _take(self, view: View) -> None:
-        last = self._view
-        if last is not None and (view.term, view.epoch) <= (last.term, last.epoch):
-            return
-        self._view = view
-        self._on_view(view)
+        return self._session.take(message)
