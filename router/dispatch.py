@@ -56,6 +56,7 @@ class Dispatcher:
 
     def __init__(self) -> None:
         self.counters = Counters()
+        self.due_s = float("inf")  # when `tick` has something to judge
         self.health: dict[str, Health] = {}
         self._queues: dict[str, _Queue] = {}
         self._outstanding: dict[int, Dispatch] = {}
@@ -139,6 +140,11 @@ class Dispatcher:
         self.counters.rows_lost += sum(len(d.rows) for d in sent)
         queued = [d for d in lost if d.seq in waiting]
         return self._resend(sent, now_s, died=True) + self._resend(queued, now_s, died=False)
+
+    def tick(self, now_s: float) -> list[Instruction]:
+        """Judge what is late. Call it when `due_s` has come and everything that has arrived was taken in."""
+        self.due_s = float("inf")
+        return []
 
     def view_changed(self, view: View, now_s: float) -> None:
         """Route by a newer plan from now on. What is outstanding stays where it is: old replicas answer still."""

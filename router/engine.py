@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -117,7 +118,8 @@ class Engine:
 
     def _poll(self) -> None:
         """Wait until something happens, and take note of it."""
-        ready = self._poller.poll(IDLE_POLL_MS)
+        wait_ms = min(IDLE_POLL_MS, max(0.0, 1000 * (self._exchange.due_s - self._clock())))
+        ready = self._poller.poll(math.ceil(wait_ms))
         sockets = [socket for socket, _ in ready]
         if self._wakeup.fd in sockets:
             self._wakeup.clear()
@@ -125,6 +127,7 @@ class Engine:
         if self._frontend.socket in sockets:
             self._receive()
         self._exchange.handle(ready)
+        self._exchange.tick()
         if self._exchange.changed:
             self._exchange.changed = False
             self._retry_parked()

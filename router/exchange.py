@@ -115,6 +115,20 @@ class Exchange:
                 self._connect(member)
 
     @property
+    def due_s(self) -> float:
+        """When `tick` has something to judge next; infinity while nothing is outstanding."""
+        return self.dispatcher.due_s
+
+    def tick(self) -> None:
+        """Judge what is late, after taking in what has arrived meanwhile: it may only be we who were slow."""
+        if self._clock() < self.dispatcher.due_s:
+            return
+        for connection in list(self._connections.values()):
+            while self._receive(connection):
+                pass
+        self._do(self.dispatcher.tick(self._clock()))
+
+    @property
     def suspects(self) -> list[str]:
         """Servers of the plan that this router routes around."""
         up = {s for s, connection in self._connections.items() if connection.welcomed}
@@ -190,7 +204,11 @@ class Exchange:
         if reply.dtype != "float32" or reply.shape[1] != output.shape[1]:
             self._lose(connection, f"a reply of {reply.dtype} {reply.shape}", REFUSED_RETRY_S)
             return
-        output[d.slots] = np.frombuffer(tensor, "<f4").reshape(reply.shape)
+        rows = np.frombuffer(tensor, "<f4").reshape(reply.shape)
+        if d.open is None:
+            output[d.slots] = rows
+        else:  # another replica was faster with some of them
+            output[d.slots[d.open]] = rows[d.open]
         self._do(self.dispatcher.replied(d, self._clock()))
 
     def _do(self, instructions: list[Instruction]) -> None:

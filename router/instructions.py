@@ -21,6 +21,7 @@ class Dispatch:
     local_rows: np.ndarray  # uint16 [pairs], index into `rows`
     prefill: bool
     deaths: int
+    open: np.ndarray | None = None  # int64, the pairs that still wait for this reply; None: all of them
 
 
 @dataclass(frozen=True, slots=True)
