@@ -42,14 +42,28 @@ class _Base:
         """See `Format`."""
         return {**self._head, "choices": [], "usage": usage}
 
-    def _extras(self, tokens: list[Token]) -> Object:
+    def _extras(self, output: ChoiceOutput, delta: Delta) -> Object:
         """Fields of a choice that only some requests ask for."""
         extras: Object = {}
         if self._options.return_token_ids:
-            extras["token_ids"] = [t.token_id for t in tokens]
-        if self._options.sampling.logits_digest:
-            extras["moering"] = {"logits_digests": [t.logits_digest for t in tokens]}
+            extras["token_ids"] = [t.token_id for t in delta.tokens]
+        ours = self._extension(output, delta)
+        if ours:
+            extras["moering"] = ours
         return extras
+
+    def _extension(self, output: ChoiceOutput, delta: Delta) -> Object:
+        """The `moering` object of a choice: what is exact, and what is not."""
+        sampling = self._options.sampling
+        ours: Object = {}
+        if sampling.logits_digest:
+            ours["logits_digests"] = [t.logits_digest for t in delta.tokens]
+        if sampling.on_missing_expert == "renormalize":
+            if self._options.return_token_ids:
+                ours["renormalized"] = [t.renormalized for t in delta.tokens]
+            if delta.finish_reason is not None:
+                ours["renormalized_tokens"] = output.renormalized_tokens
+        return ours
 
     def _silent(self, delta: Delta) -> bool:
         """Whether a delta holds nothing that this client asked for."""
@@ -84,7 +98,7 @@ class ChatFormat(_Base):
             "delta": {"content": delta.text} if delta.text else {},
             "logprobs": self._logprobs(delta.tokens),
             "finish_reason": delta.finish_reason,
-            **self._extras(delta.tokens),
+            **self._extras(output, delta),
         })  # fmt: skip
 
     def response(self, outputs: list[ChoiceOutput], deltas: list[Delta], usage: Object) -> Object:
@@ -95,7 +109,7 @@ class ChatFormat(_Base):
                 "message": {"role": "assistant", "content": delta.text, "refusal": None},
                 "logprobs": self._logprobs(delta.tokens),
                 "finish_reason": delta.finish_reason,
-                **self._extras(delta.tokens),
+                **self._extras(output, delta),
             }
             for output, delta in zip(outputs, deltas, strict=True)
         ]
@@ -138,7 +152,7 @@ class CompletionFormat(_Base):
             "text": delta.text,
             "logprobs": self._logprobs(output.index, delta.tokens),
             "finish_reason": delta.finish_reason,
-            **self._extras(delta.tokens),
+            **self._extras(output, delta),
         }
         if self._options.return_token_ids and output.index not in self._opened:
             choice["prompt_token_ids"] = output.record.prompt

@@ -27,6 +27,7 @@ class ChoiceOutput:
         self.index = index
         self.record = record
         self.completion_tokens = 0
+        self.renormalized_tokens = 0  # positions of prompt and answer computed without some of their experts
         self.finish_reason: str | None = None
         self._detokenizer = model.detokenizer(options.skip_special_tokens)
         self._stops = StopStrings(options.stop)
@@ -35,6 +36,7 @@ class ChoiceOutput:
     def push(self, token: Token) -> None:
         """Add the next token. Afterwards `finish_reason` is set if it was the last, also by a stop string."""
         self.completion_tokens += 1
+        self.renormalized_tokens += token.renormalized
         last = token.finish_reason is not None
         # The token that ends the text is not part of it, whichever it is.
         text = "" if token.finish_reason == "stop" else self._detokenizer.push(token.token_id)

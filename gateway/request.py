@@ -10,11 +10,12 @@ from typing import Any
 from gateway import fields
 from gateway.errors import bad_request
 from gateway.fields import Body
-from moering.protocol import Sampling
+from moering.protocol import MISSING_EXPERT_POLICIES, Sampling
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
+_EXTENSION = ("logits_digest", "on_missing_expert")  # the fields of 'moering'
 
 # Fields that other servers implement and this one does not: refused unless they ask for nothing.
 _UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
@@ -80,7 +81,7 @@ def parse_options(body: Body, chat: bool, vocab_size: int, eos_ids: tuple[int, .
     refuse_unimplemented(body)
     stream = fields.boolean(body, "stream", False)
     max_tokens = _max_tokens(body, chat)
-    extension = fields.mapping(body, "moering")
+    extension = _extension(body)
     return Options(
         n=fields.integer(body, "n", 1, 1, max_choices),
         stream=stream,
@@ -173,10 +174,20 @@ def _chat_logprobs(body: Body) -> int:
     return top if wanted else -1
 
 
+def _extension(body: Body) -> Body:
+    """Our own object of a request. Nobody else's client sends it, so a name that is unknown there is a mistake."""
+    extension = fields.mapping(body, "moering")
+    unknown = [str(name)[:40] for name in extension if name not in _EXTENSION]
+    if unknown:
+        raise bad_request(f"'moering' has no field {unknown[0]!r}; there are {', '.join(_EXTENSION)}", "moering")
+    return extension
+
+
 def _on_missing_expert(extension: Body) -> str:
     value = extension.get("on_missing_expert")
     if value is None:
         return "wait"
-    if value not in ("wait", "fail"):
-        raise bad_request("'moering.on_missing_expert' must be 'wait' or 'fail'", "moering")
+    if value not in MISSING_EXPERT_POLICIES:
+        policies = ", ".join(f"'{p}'" for p in MISSING_EXPERT_POLICIES)
+        raise bad_request(f"'moering.on_missing_expert' must be one of {policies}", "moering")
     return str(value)

@@ -147,6 +147,11 @@ class NotHere:
 # --- gateway ⇄ router ------------------------------------------------------------------------------------------------
 
 
+MISSING_EXPERT_POLICIES = ("wait", "fail", "renormalize")
+"""What a request does about an expert without a live replica: wait until one is loaded, end with an error, or go on
+without it, the weights of the row's other experts raised to the same sum."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the tokens of one choice are drawn. Draws depend only on (seed, choice, position): a resumed request goes on.
@@ -169,7 +174,7 @@ class Sampling:
     stop_token_ids: list[int] = dataclasses.field(default_factory=list)  # ends the request; end-of-text ids included
     logprobs: int = -1  # -1: none; 0..20: that of the token, and this many alternatives
     logits_digest: bool = False  # send a digest of the sampled logits with each token
-    on_missing_expert: str = "wait"  # "wait" | "fail"
+    on_missing_expert: str = "wait"  # one of MISSING_EXPERT_POLICIES
 
 
 @_message("submit")
@@ -207,6 +212,7 @@ class Token:
     top_ids: list[int] = dataclasses.field(default_factory=list)
     top_logprobs: list[float] = dataclasses.field(default_factory=list)
     logits_digest: str | None = None
+    renormalized: int = 0  # positions computed without some of their experts since the token before, or the start
 
 
 @_message("tokens")

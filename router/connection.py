@@ -16,6 +16,7 @@ class Connection:
     def __init__(self, server: MemberInfo, hello: Hello) -> None:
         """Connect and say hello. Raises `OSError` when the address does not resolve."""
         self.server_id, self.incarnation = server.server_id, server.incarnation
+        self.key = server.server_id, server.incarnation
         self.welcomed, self.open = False, True
         self.socket = transport.make_socket(zmq.DEALER, transport.DATA, queue_messages=10_000)
         self.watch = transport.watch_disconnects(self.socket)

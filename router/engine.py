@@ -1,7 +1,8 @@
 """The router's loop: receive, schedule, forward, sample, reply; one thread, blocking sockets.
 
 A forward is split at each MoE layer. Between two layers a micro-batch waits in the exchange for its experts' results,
-so several may be in flight. When experts of some rows have no live replica, those sequences *park*; the others go on.
+so several may be in flight. When experts of some rows have no live replica, those sequences *park* or do what else they
+asked for (`router.parking`); the others go on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from router.decoder import Decoder
 from router.exchange import Exchange, Finished
 from router.flight import Flight
 from router.frontend import Frontend
+from router.parking import Parking
 from router.sampler import Sampled, Sampler
 from router.scheduler import Scheduler
 from router.sequence import Sequence, Status
@@ -51,7 +53,8 @@ class Engine:
         self._decoder, self._scheduler, self._exchange, self._frontend = decoder, scheduler, exchange, frontend
         self._sampler = Sampler()
         self._poller, self._clock, self._threads = poller, clock, threads
-        self._micro_batches, self._missing_timeout_s = micro_batches, missing_expert_timeout_s
+        self._micro_batches = micro_batches
+        self._parking = Parking(exchange, missing_expert_timeout_s, self._fail_missing, self._drop)
         self._wakeup = Wakeup()
         poller.register(self._wakeup.fd, zmq.POLLIN)
         poller.register(frontend.socket, zmq.POLLIN)
@@ -59,10 +62,10 @@ class Engine:
         self._stopping = False
         self._next_look_s = self._next_report_s = 0.0
         self._flights: set[Flight] = set()
-        self._parked: set[Flight] = set()
         self.view: View | None = None  # the one that routes
         self.progress = 0
         self.forwards = self.forward_rows = self.forwards_dropped = 0
+        self.tokens_renormalized = self.requests_without_replica = 0
         self.loads = np.zeros((0, 0), np.float32)  # tokens per expert since a lease last took them
 
     # --- from other threads ---
@@ -89,6 +92,8 @@ class Engine:
             "forwards": self.forwards,
             "forward_rows": self.forward_rows,
             "forwards_dropped": self.forwards_dropped,
+            "tokens_renormalized": self.tokens_renormalized,
+            "requests_without_replica": self.requests_without_replica,
             "preemptions": self._scheduler.num_preemptions,
             "tokens_recomputed": self._scheduler.tokens_recomputed,
         }
@@ -98,8 +103,8 @@ class Engine:
         return {
             "requests_running": len(self._scheduler.running),
             "requests_waiting": len(self._scheduler.waiting),
-            "requests_parked": sum(len(f.items) for f in self._parked),
-            "forwards_in_flight": len(self._flights) + len(self._parked),
+            "requests_parked": sum(len(f.items) for f in self._parking.flights),
+            "forwards_in_flight": len(self._flights) + len(self._parking.flights),
         }
 
     # --- the loop ---
@@ -165,10 +170,8 @@ class Engine:
         self._exchange.connect_missing()
         for sequence in self._scheduler.expired(now):
             self._fail(sequence, "timeout", "the request's deadline has passed")
-        for flight in list(self._parked):
-            late = now - flight.parked_s > self._missing_timeout_s
-            message = "no live replica of an expert that it needs came back in time"
-            self._fail_missing(flight, flight.sequences if late else [], message)
+        for flight in self._parking.look(now):
+            self._go_on(flight)
         if self._frontend.gone:
             gone, self._frontend.gone = self._frontend.gone, set()
             for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
@@ -198,9 +201,22 @@ class Engine:
         if len(finished.poisoned):
             for sequence in flight.sequences_of(finished.poisoned):
                 self._fail(sequence, "poison", "this request was being computed at several failures in a row")
-        if len(finished.missing):
-            self._park(flight, finished.missing)
-        elif flight.after_experts():
+        if not len(finished.missing):
+            self._pass(flight)
+            return
+        self._flights.discard(flight)
+        rest = self._parking.park(flight, finished.missing, self._clock())
+        if rest is not None:
+            self._go_on(rest)
+
+    def _go_on(self, flight: Flight) -> None:
+        """Rows that are out of the parking, or were never in it."""
+        self._flights.add(flight)
+        self._pass(flight)
+
+    def _pass(self, flight: Flight) -> None:
+        """The experts of this layer are done."""
+        if flight.after_experts():
             self._land(flight)
         else:
             self._to_experts(flight)
@@ -208,6 +224,9 @@ class Engine:
     def _land(self, flight: Flight) -> None:
         """The last layer is done: sample, report, and free what has ended."""
         self._flights.discard(flight)
+        for item, rows in zip(flight.items, flight.renormalized_rows(), strict=True):
+            item.sequence.renormalized += rows
+            self.tokens_renormalized += rows
         chunks = self._scheduler.complete(flight.items)
         if chunks:
             sequences = [chunk.sequence for chunk in chunks]
@@ -227,51 +246,27 @@ class Engine:
         reason = self._scheduler.update(sequence, sampled.token_id)
         token = Token(
             sequence.request_id, sequence.attempt, position, sampled.token_id, reason, sampled.logprob,
-            sampled.top_ids, sampled.top_logprobs, sampled.logits_digest,
+            sampled.top_ids, sampled.top_logprobs, sampled.logits_digest, sequence.renormalized,
         )  # fmt: skip
+        sequence.renormalized = 0
         self._frontend.add(sequence.gateway, token)
 
     # --- experts without a live replica ---
 
-    def _park(self, flight: Flight, missing: np.ndarray) -> None:
-        """Sequences whose experts are missing wait, or fail if they asked to; the rest of the micro-batch goes on."""
-        self._flights.discard(flight)
-        _, topk_ids, _ = flight.expert_arrays()
-        waiting = flight.sequences_of(missing // topk_ids.shape[1])
-        rest = [s for s in flight.sequences if s not in waiting]
-        logger.warning("layer %d: no live replica for rows of %d requests; they wait", flight.layer, len(waiting))
-        parked = flight.split(waiting, missing)
-        parked.parked_s = self._clock()
-        self._parked.add(parked)
-        if self._exchange.routable(flight.layer, topk_ids.reshape(-1)[missing]):
-            self._exchange.changed = True  # a replica came back while other rows of this flight were under way
-        impatient = [s for s in waiting if s.sampling.on_missing_expert == "fail"]
-        self._fail_missing(parked, impatient, "an expert that it needs has no live replica")
-        if rest:
-            others = flight.split(rest, np.empty(0, np.int64))
-            self._flights.add(others)
-            self._advance(Finished(others, np.empty(0, np.int64), np.empty(0, np.int64)))
-
     def _retry_parked(self) -> None:
         """The routes have changed: send what is missing, as far as that is possible now."""
-        for flight in list(self._parked):
-            self._drop_if_dead(flight)
-        parked, self._parked = self._parked, set()
-        for flight in parked:
+        for flight in self._parking.retry():
             self._flights.add(flight)
             self._exchange.submit(flight, flight.missing)
 
-    def _fail_missing(self, flight: Flight, sequences: list[Sequence], message: str) -> None:
-        for sequence in sequences:
-            self._fail(sequence, "no_replica", message)
-        self._drop_if_dead(flight)
+    def _fail_missing(self, sequence: Sequence, message: str) -> None:
+        self.requests_without_replica += sequence.status is not Status.FINISHED
+        self._fail(sequence, "no_replica", message)
 
-    def _drop_if_dead(self, flight: Flight) -> None:
-        """Nobody waits for a parked flight any more: free what it holds."""
-        if all(s.status is Status.FINISHED for s in flight.sequences):
-            self._parked.discard(flight)
-            self._scheduler.complete(flight.items)
-            self.forwards_dropped += 1
+    def _drop(self, flight: Flight) -> None:
+        """Nobody waits for this flight any more: free what it holds."""
+        self._scheduler.complete(flight.items)
+        self.forwards_dropped += 1
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> None:
         """End a request with an error, once. In flight, its rows go on as tombstones."""

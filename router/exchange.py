@@ -64,6 +64,7 @@ class Exchange:
         self._connections: dict[str, Connection] = {}
         self._by_socket: dict[Any, Connection] = {}
         self._retry_at: dict[str, float] = {}
+        self._met: set[tuple[str, int]] = set()  # incarnations that welcomed us, or failed to at least once
         self._micro_batches: dict[int, Any] = {}
         self._poisoned: dict[int, list[np.ndarray]] = {}
         self._finished: list[Finished] = []
@@ -94,6 +95,7 @@ class Exchange:
         """Follow a newer plan: connect to who is new, let go of who is gone."""
         servers = {m.server_id: m for m in view.members if m.kind == "expert-server" and m.state != "OFFLINE"}
         self._members = servers
+        self._met &= {(m.server_id, m.incarnation) for m in servers.values()}
         self.dispatcher.view_changed(view, self._clock())
         for connection in list(self._connections.values()):
             member = servers.get(connection.server_id)
@@ -133,6 +135,15 @@ class Exchange:
         """Servers of the plan that this router routes around."""
         up = {s for s, connection in self._connections.items() if connection.welcomed}
         return [s for s, member in self._members.items() if s not in up and member.state != "JOINING"]
+
+    @property
+    def settling(self) -> bool:
+        """Whether a server that serves has yet to answer our first hello: what has no replica now may have one soon."""
+        return any(
+            not connection.welcomed and connection.key not in self._met
+            for server_id, connection in self._connections.items()
+            if self._members[server_id].state in ("ONLINE", "DRAINING")
+        )
 
     # --- messages ---
 
@@ -184,6 +195,7 @@ class Exchange:
             self._do(self.dispatcher.not_here(server, message.incarnation, message.seq, now))
         elif isinstance(message, Welcome) and message.incarnation == connection.incarnation:
             connection.welcomed = True
+            self._met.add(connection.key)
             self.dispatcher.connected(server, message.incarnation, message.credit_rows, message.max_rows, now)
             self.changed = True
             logger.info("connected to %s", server)
@@ -235,6 +247,7 @@ class Exchange:
     def _lose(self, connection: Connection, why: str, retry_s: float = RETRY_S) -> None:
         server, now = connection.server_id, self._clock()
         self._close(connection)
+        self._met.add(connection.key)
         self._retry_at[server] = now + retry_s
         outstanding = len(self.dispatcher.outstanding_at(server))
         if connection.welcomed:

@@ -10,6 +10,7 @@ import torch
 from router.attention_plan import SequenceChunk
 from router.decoder import Decoder
 from router.micro_batch import MicroBatch
+from router.missing import hopeless, leave_out
 from router.scheduler import Batch, ScheduledChunk
 from router.sequence import Sequence as Request
 
@@ -25,11 +26,13 @@ class Flight:
         self._decoder, self._threads = decoder, threads
         self.items, self.started_s = list(items), started_s
         self.was_parked = False
-        self.parked_s = 0.0
+        self.waits_since_s: float | None = None  # for a replica of an expert of this layer
         self.missing = np.empty(0, np.int64)  # slots that wait for a replica, while parked
         chunks = [SequenceChunk(i.sequence.block_table, i.start, i.length) for i in items]
         token_ids = [t for i in items for t in i.sequence.tokens(i.start, i.length)]
-        self._row_ends = np.cumsum([i.length for i in items])
+        self._lengths = np.array([i.length for i in items])
+        self._row_ends = self._lengths.cumsum()
+        self._renormalized = np.zeros(len(token_ids), bool)  # rows that went on without some of their experts
         self.prefill = len(token_ids) > len(items)
         self.micro_batch: MicroBatch = decoder.start(token_ids, chunks)
         self._rewire()
@@ -55,6 +58,7 @@ class Flight:
 
     def after_experts(self) -> bool:
         """Take in the experts' outputs; True after the last layer."""
+        self.waits_since_s = None
         self._decoder.after_experts(self.micro_batch)
         return self.micro_batch.layer == self._decoder.config.num_layers
 
@@ -76,6 +80,28 @@ class Flight:
         return [self.items[i].sequence for i in np.unique(self._row_ends.searchsorted(rows, side="right"))]
 
     @property
+    def missing_rows(self) -> np.ndarray:
+        """The row of each missing slot: int64, ascending."""
+        return self.missing // self._topk_ids.shape[1]
+
+    def hopeless_rows(self) -> np.ndarray:
+        """The rows that would have no expert left."""
+        return hopeless(self.micro_batch.topk_weights, torch.from_numpy(self.missing)).numpy()
+
+    def leave_out(self, sequences: Collection[Request]) -> None:
+        """Go on with the rows of these sequences without their missing experts. None of them may be hopeless."""
+        chosen = np.array([s in sequences for s in self.sequences])
+        mine = chosen[self._row_ends.searchsorted(self.missing_rows, side="right")]
+        mb = self.micro_batch
+        leave_out(mb.topk_weights, mb.expert_output, torch.from_numpy(self.missing[mine]))
+        self._renormalized[self.missing_rows[mine]] = True
+        self.missing = self.missing[~mine]
+
+    def renormalized_rows(self) -> list[int]:
+        """Of each item, in their order, the rows that were computed without some of their experts."""
+        return np.add.reduceat(self._renormalized.astype(np.int64), self._row_ends - self._lengths).tolist()
+
+    @property
     def rows(self) -> int:
         """Number of rows."""
         return self.micro_batch.rows
@@ -89,7 +115,7 @@ class Flight:
         """A flight of some of the sequences, at the same point of the same layer. `missing` slots are renumbered."""
         chosen = [n for n, item in enumerate(self.items) if item.sequence in sequences]
         part = Flight(self._decoder, [self.items[n] for n in chosen], self._threads, self.started_s)
-        starts = self._row_ends - [i.length for i in self.items]
+        starts = self._row_ends - self._lengths
         rows = np.concatenate([np.arange(starts[n], self._row_ends[n]) for n in chosen])
         index, mine, whole = torch.from_numpy(rows), part.micro_batch, self.micro_batch
         mine.layer = whole.layer
@@ -98,7 +124,8 @@ class Flight:
         part._rewire()
         top_k = whole.topk_ids.shape[1]
         part.missing = np.searchsorted(rows, missing // top_k) * top_k + missing % top_k
-        part.was_parked = True
+        part.was_parked, part.waits_since_s = True, self.waits_since_s
+        part._renormalized = self._renormalized[rows]
         return part
 
     def _rewire(self) -> None:

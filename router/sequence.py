@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from moering.protocol import Sampling, Submit
+from moering.protocol import MISSING_EXPERT_POLICIES, Sampling, Submit
 
 
 class Status(enum.Enum):
@@ -18,7 +18,7 @@ class Status(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request and its progress. The scheduler alone changes the fields after `deadline`.
+    """A request and its progress. The scheduler alone changes the fields after `renormalized`.
 
     `output` starts as what the client already has (a request resumed from another router), so the next token's
     position is `len(output)` and penalties, limits and the prompt's length are what they would have been there.
@@ -31,6 +31,7 @@ class Sequence:
     output: list[int]
     sampling: Sampling
     deadline: float  # on the caller's clock
+    renormalized: int = 0  # positions computed without some of their experts since the last token was sent
     status: Status = Status.WAITING
     finish_reason: str | None = None  # "stop" | "length"; None while it runs and when it was cancelled
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
@@ -94,6 +95,10 @@ def check(sequence: Sequence, vocab_size: int, max_model_len: int) -> Refusal | 
         (s.top_k < 0, f"top_k {s.top_k} is negative"),
         (s.repetition_penalty <= 0, f"repetition_penalty {s.repetition_penalty} is not positive"),
         (not -1 <= s.logprobs <= 20, f"logprobs {s.logprobs} is not within -1..20"),
+        (
+            s.on_missing_expert not in MISSING_EXPERT_POLICIES,
+            f"on_missing_expert {s.on_missing_expert!r:.40} is not one of {', '.join(MISSING_EXPERT_POLICIES)}",
+        ),
     ]
     for is_wrong, message in wrong:
         if is_wrong:

@@ -134,6 +134,7 @@ class Client:
         self.socket.rcvtimeo = int(DEADLINE_S * 1000)
         transport.connect(self.socket, address)
         self.tokens, self.failures, self.finished = defaultdict(list), {}, set()
+        self.renormalized = defaultdict(int)
 
     def submit(self, name, prompt, emitted=(), **sampling):
         options = {"max_tokens": 16, "temperature": 0.0, "logits_digest": True, **sampling}
@@ -146,6 +147,7 @@ class Client:
             for t in message.tokens:
                 assert t.position == len(self.tokens[t.request_id]), "a token lost or twice"
                 self.tokens[t.request_id].append((t.token_id, t.logits_digest))
+                self.renormalized[t.request_id] += t.renormalized
                 if t.finish_reason:
                     self.finished.add(t.request_id)
         elif isinstance(message, Failed):

@@ -10,7 +10,7 @@ from expert_server.residency import Residency
 from expert_server.service import Service
 from moering import transport
 from moering.protocol import Hello, MemberInfo, View
-from router.exchange import Exchange
+from router.exchange import HANDSHAKE_S, Exchange
 
 LAYERS, EXPERTS, HIDDEN, TOP_K = 2, 4, 8, 2
 DEADLINE_S = 20.0
@@ -208,3 +208,20 @@ def test_a_server_without_the_expert_says_so_and_the_next_is_asked(harness, serv
     assert (rows.output == rows.expected()).all()
     assert harness.exchange.dispatcher.counters.not_here == 1
     half.die()
+
+
+def test_it_settles_once_every_server_has_answered_or_failed_to(harness, tmp_path):
+    now_s = time.monotonic()
+    harness.exchange._clock = lambda: now_s
+    answers, never = Server(tmp_path, "a"), Server(tmp_path, "b")
+    harness.view(answers, never)
+    assert harness.exchange.settling
+    answers.serve()
+    harness.connected(answers)
+    assert harness.exchange.settling, "the other one may still answer"
+    for _ in range(3):  # an attempt ends, another one begins: it is known not to answer
+        now_s += HANDSHAKE_S
+        harness.exchange.connect_missing()
+        assert not harness.exchange.settling
+    answers.die()
+    never.die()
