@@ -281,9 +281,9 @@ class Membership:
         if tables is not None and self.placement is not None:
             self.placement.published(tables, self.epoch)
         logger.info(
-            "epoch %d: %d members, %d orphans, %d experts under %d replicas, %d failures survivable",
+            "epoch %d: %d members, %d orphans, %d experts under %d replicas, %d failures survivable, %d restorable",
             self.epoch, sum(m.state != "OFFLINE" for m in members), self.view.orphans, self.view.under_target,
-            self.rules.replication, self.view.failures_survivable,
+            self.rules.replication, self.view.failures_survivable, self.view.failures_restorable,
         )  # fmt: skip
         for record in self.roster.alive():
             record.view_sent_s = now_s
