@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import zmq
 
@@ -26,7 +26,6 @@ from expert_server.service import Service
 from moering import transport
 from moering.checkpoint import Checkpoint
 from moering.errors import ConfigError, HandshakeError, MoeringError
-from moering.leader import finder
 from moering.lease import LeaseClient
 from moering.process import incarnation, install_signal_handlers, run_main
 from moering.protocol import Held, Lease, Leave, MemberInfo, Register, View
@@ -41,13 +40,12 @@ class ExpertServer:
         if not config.checkpoint:
             raise ConfigError("--checkpoint is needed")
         self.config, self.id, self.incarnation = config, config.server_id, incarnation()
-        coordinator = finder(config.join, config.membership)
         self.checkpoint = Checkpoint(config.checkpoint)
         self.residency = Residency()
         socket = transport.make_socket(zmq.ROUTER, transport.DATA, queue_messages=10_000)
         self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
         self.service = Service(socket, self.id, self.incarnation, config.credit_rows, self.residency)
-        self.lease = LeaseClient(coordinator, self._register, self._lease, self._on_view, self._on_refused)
+        self.lease = LeaseClient(config.join, self._register, self._lease, self._on_view, self._on_refused)
         self.loader = Loader(self.id, self._load, self.residency, self._report)
         self.state = "JOINING"
         self.view: View | None = None
@@ -89,10 +87,10 @@ class ExpertServer:
 
     def _prepare(self) -> None:
         """Import torch and prove that this process computes rows as it should."""
-        from expert_server.backend import CpuBackend
-        from kernels.linear import Backend
+        from expert_server.backend import make_backend
 
-        self._backend = CpuBackend(cast(Backend, self.config.backend), self.config.threads)
+        c = self.config
+        self._backend = make_backend(c.device, c.backend, c.threads, self.checkpoint, c.capacity)
         self._fingerprint = self._backend.fingerprint
         cp = self.checkpoint
         shape = (cp.num_layers, cp.num_experts, cp.hidden_size)
@@ -135,8 +133,12 @@ class ExpertServer:
     def _member(self) -> MemberInfo:
         return MemberInfo(
             "expert-server", self.id, self.incarnation, self.address, os.getpid(), self.state, self.config.zone,
-            self.config.capacity or default_capacity(self.checkpoint.expert_bytes), len(self.residency.keys()),
+            self._capacity(), len(self.residency.keys()),
         )  # fmt: skip
+
+    def _capacity(self) -> int:
+        """Experts that fit; known once the backend is there, as a GPU may have less room than was asked for."""
+        return self._backend.capacity or self.config.capacity or default_capacity(self.checkpoint.expert_bytes)
 
     def _lease(self) -> Lease:
         view = self.view

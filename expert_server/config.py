@@ -6,7 +6,6 @@ import socket
 from dataclasses import dataclass
 
 from moering.config import option
-from moering.leader import EMBEDDED, MEMBERSHIP_HELP
 
 
 @dataclass(frozen=True)
@@ -15,12 +14,12 @@ class Config:
 
     checkpoint: str = option("", "directory of the checkpoint, the same on all processes (shared storage)")
     join: str = option("tcp://127.0.0.1:7000", "address of the coordinator")
-    membership: str = option(EMBEDDED, MEMBERSHIP_HELP)
     bind: str = option("tcp://127.0.0.1:*", "where routers connect")
     advertise: str = option("", "host that routers connect to, when it is not the one bound")
     id: str = option("", "name that stays over restarts; default: expert- and the host name")
     zone: str = option("", "failure domain: replicas of an expert are spread over zones first")
     threads: int = option(1, "threads of one product")
+    device: str = option("cpu", "where experts are held and computed", choices=("cpu", "cuda"))
     capacity: int = option(0, "experts that fit in memory; 0: what fits in 80 % of the memory that is free at start")
     backend: str = option("auto", "CPU arithmetic", choices=("auto", "packed", "portable"))
     credit_rows: int = option(4096, "rows that one router may have outstanding here")

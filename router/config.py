@@ -6,7 +6,6 @@ import socket
 from dataclasses import dataclass
 
 from moering.config import option
-from moering.leader import EMBEDDED, MEMBERSHIP_HELP
 
 
 @dataclass(frozen=True)
@@ -15,12 +14,12 @@ class Config:
 
     checkpoint: str = option("", "directory of the checkpoint, the same on all processes (shared storage)")
     join: str = option("tcp://127.0.0.1:7000", "address of the coordinator")
-    membership: str = option(EMBEDDED, MEMBERSHIP_HELP)
     bind: str = option("tcp://127.0.0.1:*", "where gateways connect")
     advertise: str = option("", "host that gateways connect to, when it is not the one bound")
     id: str = option("", "name that stays over restarts; default: router- and the host name")
     zone: str = option("", "failure domain")
     threads: int = option(2, "threads of a product of many rows")
+    device: str = option("cpu", "where attention is computed and the KV cache lies", choices=("cpu", "cuda"))
     backend: str = option("auto", "CPU arithmetic", choices=("auto", "packed", "portable"))
     max_num_seqs: int = option(64, "sequences that run at once")
     max_num_batched_tokens: int = option(256, "rows of one step")
