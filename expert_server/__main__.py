@@ -26,6 +26,7 @@ from expert_server.service import Service
 from moering import transport
 from moering.checkpoint import Checkpoint
 from moering.errors import ConfigError, HandshakeError, MoeringError
+from moering.leader import finder
 from moering.lease import LeaseClient
 from moering.process import incarnation, install_signal_handlers, run_main
 from moering.protocol import Held, Lease, Leave, MemberInfo, Register, View
@@ -40,12 +41,13 @@ class ExpertServer:
         if not config.checkpoint:
             raise ConfigError("--checkpoint is needed")
         self.config, self.id, self.incarnation = config, config.server_id, incarnation()
+        coordinator = finder(config.join, config.membership)
         self.checkpoint = Checkpoint(config.checkpoint)
         self.residency = Residency()
         socket = transport.make_socket(zmq.ROUTER, transport.DATA, queue_messages=10_000)
         self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
         self.service = Service(socket, self.id, self.incarnation, config.credit_rows, self.residency)
-        self.lease = LeaseClient(config.join, self._register, self._lease, self._on_view, self._on_refused)
+        self.lease = LeaseClient(coordinator, self._register, self._lease, self._on_view, self._on_refused)
         self.loader = Loader(self.id, self._load, self.residency, self._report)
         self.state = "JOINING"
         self.view: View | None = None

@@ -30,6 +30,9 @@ class Cluster:
             "epoch": 0 if view is None else view.epoch,
             "processes": [_process(m) for m in [own, *others]],
             "failures_survivable": -1 if view is None else view.failures_survivable,
+            "failures_restorable": -1 if view is None else view.failures_restorable,
+            "orphans": 0 if view is None else view.orphans,
+            "under_target": 0 if view is None else view.under_target,
             "router_counters": router_counters,
         }
 
@@ -42,6 +45,7 @@ class Cluster:
             "epoch": self.view.epoch,
             "expert_servers_live": len(online),
             "failures_survivable": self.view.failures_survivable,
+            "failures_restorable": self.view.failures_restorable,
             "replicas_under_target": self.view.under_target,
             "experts_orphaned": self.view.orphans,
         }
@@ -64,4 +68,5 @@ def _process(member: MemberInfo) -> dict[str, Any]:
         "incarnation": member.incarnation,
         "address": member.address,
         "experts": member.experts,
+        "zone": member.zone,
     }

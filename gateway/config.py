@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass
 
 from moering.config import option
+from moering.leader import EMBEDDED, MEMBERSHIP_HELP
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Config:
     checkpoint: str = option("", "directory of the checkpoint: tokenizer and configuration are read, weights are not")
     served_model_name: str = option("", "name that clients use for the model (default: the directory's name)")
     join: str = option("tcp://127.0.0.1:7000", "address of the coordinator")
+    membership: str = option(EMBEDDED, MEMBERSHIP_HELP)
     id: str = option("", "name that stays over restarts; default: gateway- and the host name")
     zone: str = option("", "failure domain of this process")
     host: str = option("127.0.0.1", "address to listen on")

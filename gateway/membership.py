@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 
 from gateway.services import Services
+from moering.leader import finder
 from moering.lease import LeaseClient
 from moering.protocol import Lease, Leave, Register, View
 
@@ -49,7 +50,8 @@ async def joined(services: Services, on_refused: Callable[[], None]) -> AsyncIte
     def on_view(view: View) -> None:
         loop.call_soon_threadsafe(apply_view, services, view)
 
-    client = LeaseClient(services.config.join, register, lease, on_view, refused)
+    coordinator = finder(services.config.join, services.config.membership)
+    client = LeaseClient(coordinator, register, lease, on_view, refused)
     client.start()
     ticker = asyncio.create_task(progress.run())
     try:

@@ -1,7 +1,8 @@
 """`python -m moering.coordinator`: the zmq shell around `moering.membership`.
 
 One bound socket, one thread, a blocking poll. Never on the data path: while it is away, everything serves on with its
-last view, and back it learns from its members what it was.
+last view, and back it learns from its members what it was. With ``--membership etcd://…`` several of them run, and only
+the elected one takes part: it decides as a single one would, but a view leaves it only once etcd has taken that.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import zmq
 
@@ -19,10 +21,15 @@ from moering import protocol, transport
 from moering.actions import Action, Probe, Rules, Send
 from moering.config import option
 from moering.errors import ConfigError, ProtocolError
+from moering.leader import EMBEDDED, MEMBERSHIP_HELP, etcd_cluster
 from moering.membership import Membership
+from moering.office import Elected, Fence, Published
 from moering.probe import EndpointProbe
 from moering.process import incarnation, install_signal_handlers, run_main
 from moering.protocol import MemberInfo, Refused, View
+
+if TYPE_CHECKING:
+    from moering.election import Election
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +48,8 @@ class Config:
     replication: int = option(2, "expert servers that hold each expert; one less may die at once")
     lease_s: float = option(10.0, "a member that does not renew for so many seconds is dead; they renew every second")
     rejoin_grace_s: float = option(5.0, "seconds that a dead server's share waits for its restart")
+    membership: str = option(EMBEDDED, MEMBERSHIP_HELP)
+    election_ttl_s: int = option(3, "with etcd: a coordinator silent for so long is replaced; etcd's least is 2")
     settle_s: float = option(15.0, "longest wait for --expert-servers, from the first one on")
     allow_inexact: bool = option(False, "admit expert servers whose results differ in the last bits")
     insecure: bool = option(False, "bind addresses that other machines reach; there is no authentication yet")
@@ -53,6 +62,8 @@ class Config:
             raise ConfigError(f"lease_s {self.lease_s:g}: members renew every second, so at least 2")
         if min(self.rejoin_grace_s, self.settle_s) < 0:
             raise ConfigError("rejoin_grace_s and settle_s must not be negative")
+        if self.election_ttl_s < 2:
+            raise ConfigError(f"election_ttl_s {self.election_ttl_s} is below 2, etcd's shortest lease")
 
 
 class Coordinator:
@@ -62,14 +73,17 @@ class Coordinator:
         self._clock = clock
         self.socket = transport.make_socket(zmq.ROUTER, queue_messages=10_000)
         self.address = transport.bind(self.socket, config.bind, insecure=config.insecure, advertise=config.advertise)
-        rules = Rules(
+        self._rules = Rules(
             config.expert_servers, config.replication, config.lease_s, config.rejoin_grace_s, config.settle_s,
             config.allow_inexact,
         )  # fmt: skip
-        own = MemberInfo("coordinator", config.id, incarnation(), self.address, os.getpid(), "ONLINE", "", 0, 0)
-        self.membership = Membership(rules, own, clock())
+        self._own = MemberInfo("coordinator", config.id, incarnation(), self.address, os.getpid(), "ONLINE", "", 0, 0)
+        self.membership = Membership(self._rules, self._own, clock())
         self.bad_frames = 0
         self._wakeup = transport.Wakeup()
+        self._fence = Fence()
+        self._election = make_election(config, self._own, self._wakeup.set)
+        self.leading = self._election is None
         self._stopping = False
         self._probes: dict[tuple[str, int], EndpointProbe] = {}
         self._poller = zmq.Poller()
@@ -83,22 +97,41 @@ class Coordinator:
 
     def run(self) -> None:
         """Serve until `stop`."""
+        if self._election is not None:
+            self._election.start()
         next_tick_s = self._clock()
         while not self._stopping:
-            self._poller.poll(max(0, int((next_tick_s - self._clock()) * 1000)))
+            if dict(self._poller.poll(max(0, int((next_tick_s - self._clock()) * 1000)))).get(self._wakeup.fd):
+                self._wakeup.clear()
+            self._follow_election()
             self._receive()
             self._finish_probes()
             if self._clock() >= next_tick_s:
-                self._act(self.membership.tick(self._clock()))
+                if self.leading:
+                    self._act(self.membership.tick(self._clock()))
                 next_tick_s = self._clock() + TICK_S
         self.close()
 
     def close(self) -> None:
-        """Release the sockets."""
-        for probe in self._probes.values():
-            probe.close()
+        """Give up the office, and release the sockets."""
+        if self._election is not None:
+            self._election.close()
+        self._drop_probes()
         self._wakeup.close()
         self.socket.close()
+
+    def _follow_election(self) -> None:
+        for event in () if self._election is None else self._election.take():
+            if isinstance(event, Published):
+                self._act(self._fence.published(event.view))
+                continue
+            self._drop_probes()
+            self._fence = Fence()
+            self.leading = isinstance(event, Elected)
+            if isinstance(event, Elected):
+                self.membership = Membership(self._rules, self._own, self._clock(), event.term)
+                if event.view is not None:
+                    self.membership.succeed(event.view, self._clock())
 
     def _receive(self) -> None:
         for _ in range(BATCH):
@@ -106,6 +139,9 @@ class Coordinator:
             if frames is None:
                 return
             sender = frames[0]
+            if not self.leading:
+                self._act([Send(sender, Refused("this coordinator is not the elected one", fatal=False))])
+                continue
             try:
                 message, _ = protocol.decode(frames[1:])
                 self._act(self.membership.handle(sender, message, self._clock()))
@@ -121,6 +157,9 @@ class Coordinator:
                 self._start_probe(action)
                 continue
             message = action.message
+            if isinstance(message, View) and self._election is not None and self._fence.holds(action.identity, message):
+                self._election.publish(message)
+                continue
             if isinstance(message, View):  # one view for all: encoded once
                 if encoded is None or encoded[0] is not message:
                     encoded = message, protocol.encode(message)
@@ -148,6 +187,22 @@ class Coordinator:
                 del self._probes[key]
                 logger.info("own probe of %s: %s", key[0], answer)
                 self._act(self.membership.probe_result(*key, answer, self._clock()))
+
+    def _drop_probes(self) -> None:
+        for probe in self._probes.values():
+            self._poller.unregister(probe.fd)
+            probe.close()
+        self._probes.clear()
+
+
+def make_election(config: Config, own: MemberInfo, wake: Callable[[], None]) -> Election | None:
+    """The election that `config` asks for; None for a single coordinator. Raises `ConfigError`."""
+    cluster = etcd_cluster(config.membership)
+    if cluster is None:
+        return None
+    from moering.election import Election  # only here: it needs aiohttp
+
+    return Election(cluster, own, config.election_ttl_s, wake)
 
 
 def run(config: Config) -> int:

@@ -44,6 +44,7 @@ class Config:
     model: str = option("default", "a checkpoint directory, or `default`", positional=True)
     expert_servers: int = option(3, "number of expert servers")
     replication: int = option(2, "replicas of each expert")
+    zones: tuple[str, ...] = option((), "failure domains, as a,b: expert servers are put into them in turn")
     routers: int = option(1, "number of routers")
     host: str = option("127.0.0.1", "address of the HTTP port")
     port: int = option(8000, "HTTP port")
@@ -63,6 +64,10 @@ class Config:
             raise ConfigError(f"replication {self.replication} is not in 1..{self.expert_servers} (--expert-servers)")
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"port {self.port} is not in 1..65535")
+
+    def zone_flags(self, expert_server: int) -> list[str]:
+        """Which failure domain an expert server belongs to, counted from 0."""
+        return ["--zone", self.zones[expert_server % len(self.zones)]] if self.zones else []
 
     @property
     def url(self) -> str:
@@ -96,7 +101,10 @@ def commands(config: Config, checkpoint: Path, run_directory: Path) -> list[Comm
     http = ["--host", config.host, "--port", str(config.port), "--served-model-name", name]
     return [
         Command("coordinator", "coordinator", lambda _: coordinator),
-        *(member("expert-server", f"expert-{i}", [], config.expert_server_args) for i in range(config.expert_servers)),
+        *(
+            member("expert-server", f"expert-{i}", config.zone_flags(i), config.expert_server_args)
+            for i in range(config.expert_servers)
+        ),
         *(member("router", f"router-{i}", [], config.router_args) for i in range(config.routers)),
         member("gateway", "gateway-0", http, config.gateway_args),
     ]

@@ -3,7 +3,7 @@
 What it says and what it takes is `moering.lease_session`; this is its socket and clock. It runs apart from the main
 loop, so that loading, compiling or a long forward never lets a lease lapse. What it reports of the main loop (progress,
 queue, suspects) it asks for by callback at each renewal. While the coordinator is away the member serves on with its
-last view.
+last view. Where coordinators are elected, it follows the elected one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import zmq
 
 from moering import protocol, transport
 from moering.errors import ProtocolError
+from moering.leader import Finder, Seat
 from moering.lease_session import LeaseSession
 from moering.protocol import Lease, Register, View
 
@@ -35,14 +36,14 @@ class LeaseClient(threading.Thread):
 
     def __init__(
         self,
-        join: str,
+        coordinator: Finder,
         register: Callable[[], Register],
         lease: Callable[[], Lease],
         on_view: Callable[[View], None],
         on_refused: Callable[[str], None],
     ) -> None:
         super().__init__(name="lease", daemon=True)
-        self._join_address = join
+        self._coordinator = coordinator
         self._session = LeaseSession(register, lease, on_view, on_refused)
         self._wakeup = transport.Wakeup()
         self._stopping = threading.Event()
@@ -67,25 +68,39 @@ class LeaseClient(threading.Thread):
 
     def run(self) -> None:
         """The thread's loop; see the class."""
-        socket = transport.make_socket(zmq.DEALER, reconnect=True)
+        self._coordinator.start(self._wakeup.set)
         poller = zmq.Poller()
-        poller.register(socket, zmq.POLLIN)
         poller.register(self._wakeup.fd, zmq.POLLIN)
+        while not self._stopping.is_set():
+            seat = self._coordinator.seat
+            if seat is not None:
+                self._serve(seat, poller)
+            elif poller.poll(int(RENEW_S * 1000)):
+                self._wakeup.clear()
+        self._coordinator.close()
+
+    def _serve(self, seat: Seat, poller: zmq.Poller) -> None:
+        """Be a member with the coordinator in `seat`, until there is another one or the end."""
+        self._session.begin()
+        socket = transport.make_socket(zmq.DEALER, reconnect=True)
+        poller.register(socket, zmq.POLLIN)
         try:
-            self._connect(socket)
-            while not self._stopping.is_set():
+            self._connect(socket, seat)
+            while not self._stopping.is_set() and self._coordinator.seat == seat:
                 self._send(socket, self._session.renewal())
                 self._wait(poller, socket)
-            self._send(socket, self._session.waiting())
+            if self._stopping.is_set():
+                self._send(socket, self._session.waiting())
         finally:
+            poller.unregister(socket)
             socket.close(200)  # linger: a Leave should still go out
 
-    def _connect(self, socket: Any) -> None:
-        while not self._stopping.is_set():
+    def _connect(self, socket: Any, seat: Seat) -> None:
+        while not self._stopping.is_set() and self._coordinator.seat == seat:
             try:
-                return transport.connect(socket, self._join_address)
+                return transport.connect(socket, seat.address)
             except OSError as e:
-                logger.warning("cannot resolve the coordinator's address %s (%s); trying again", self._join_address, e)
+                logger.warning("cannot resolve the coordinator's address %s (%s); trying again", seat.address, e)
                 self._stopping.wait(RENEW_S)
 
     def _send(self, socket: Any, messages: list[Any]) -> None:

@@ -38,6 +38,10 @@ class LeaseSession:
         self._view: View | None = None
         self._registered = False
 
+    def begin(self) -> None:
+        """There is another coordinator to speak to: register with it."""
+        self._registered = False
+
     def send(self, message: Any) -> None:
         """Have `message` sent with the next renewal, after what was given before."""
         self._outbox.append(message)

@@ -37,12 +37,12 @@ RESEND_S = 2.0
 class Membership:
     """All members, their leases, and what they are told."""
 
-    def __init__(self, rules: Rules, own: MemberInfo, now_s: float) -> None:
+    def __init__(self, rules: Rules, own: MemberInfo, now_s: float, term: int = 1) -> None:
         self.rules, self.own = rules, own
         self.roster = Roster(rules, now_s)
         self.admission = Admission(rules.allow_inexact)
         self.placement: Placement | None = None
-        self.term, self.epoch = 1, 0
+        self.term, self.epoch = term, 0
         self.view: View | None = None
         self._tables: Tables | None = None
         self._popularity: Popularity | None = None
@@ -66,6 +66,13 @@ class Membership:
             raise ProtocolError(f"a coordinator takes no {message.KIND!r} message")
         self._dirty |= not isinstance(message, Lease)
         return handler(sender, message, now_s)
+
+    def succeed(self, view: View, now_s: float) -> None:
+        """Go on from the last view of another coordinator, as if a member had brought it. For a new one only."""
+        if view.replication != self.rules.replication:
+            logger.warning("the last view has %d replicas of each expert, this coordinator's --replication is %d",
+                           view.replication, self.rules.replication)  # fmt: skip
+        self._saw_view(view, now_s)
 
     # --- messages ---
 
@@ -274,9 +281,9 @@ class Membership:
         if tables is not None and self.placement is not None:
             self.placement.published(tables, self.epoch)
         logger.info(
-            "epoch %d: %d members, %d orphans, %d experts under %d replicas, %d failures survivable",
+            "epoch %d: %d members, %d orphans, %d experts under %d replicas, %d failures survivable, %d restorable",
             self.epoch, sum(m.state != "OFFLINE" for m in members), self.view.orphans, self.view.under_target,
-            self.rules.replication, self.view.failures_survivable,
+            self.rules.replication, self.view.failures_survivable, self.view.failures_restorable,
         )  # fmt: skip
         for record in self.roster.alive():
             record.view_sent_s = now_s

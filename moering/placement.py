@@ -119,8 +119,7 @@ class Placement:
         for server in self.servers.values():
             server.urgent = server.urgent & ~served
             urgent = urgent | server.urgent
-        able = [m for m in self._members() if m.state == "ONLINE" and m.server_id not in self.doubtful]
-        able = [m for m in able if not self.servers[m.server_id].gone]
+        able = [m for m in self._able() if m.state == "ONLINE"]
         orphans = ~served & ~urgent & (self._was_served | ~self._coming())
         if self.plan is None or not able or not orphans.any():
             return
@@ -147,6 +146,10 @@ class Placement:
         return [
             ring.Member(i, s.capacity, s.zone, "ONLINE" if s.gone else s.state) for i, s in sorted(self.servers.items())
         ]
+
+    def _able(self) -> list[ring.Member]:
+        """Those who are neither dead nor in doubt."""
+        return [m for m in self._members() if not self.servers[m.server_id].gone and m.server_id not in self.doubtful]
 
     def _plan(self, members: list[ring.Member]) -> ring.Plan:
         popularity = self.popularity
@@ -194,7 +197,8 @@ class Placement:
         zones = {i: s.zone for i, s in self.servers.items()}
         survivable = ring.failures_survivable(routing, servers, zones)
         under = ring.under_target(routing, self.replication)
-        return Tables(servers, routing, target, survivable, ring.orphans(routing), under)
+        restorable = ring.failures_restorable(self._able(), self.replication, self.layers * self.experts)
+        return Tables(servers, routing, target, survivable, ring.orphans(routing), under, restorable)
 
     def published(self, tables: Tables, epoch: int) -> None:
         """Members are told `tables` as `epoch`: from now on routers may use its routing."""

@@ -273,6 +273,7 @@ class View:
     failures_survivable: int  # -1 while an expert has no live replica
     orphans: int  # experts without a live replica
     under_target: int  # experts with fewer live replicas than wanted
+    failures_restorable: int = -1  # further failures after which memory allows full redundancy again; -1: not even now
 
 
 @_message("register")

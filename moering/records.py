@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -92,11 +93,13 @@ def examine(records: Iterable[Record], now_s: float) -> Evidence:
 
 
 def braked(dead: Iterable[Record], records: Iterable[Record]) -> set[str]:
-    """The kinds of which too many look dead at once to believe it."""
-    of_kind: dict[str, list[int]] = {}
-    for record in records:
-        if record.alive:
-            of_kind.setdefault(record.info.kind, [0, 0])[1] += 1
-    for record in dead:
-        of_kind[record.info.kind][0] += 1
-    return {k for k, (gone, all_) in of_kind.items() if gone >= BRAKE_COUNT and gone > BRAKE_SHARE * all_}
+    """The kinds of which too many look dead at once to believe it; all kinds where it is too many of all processes."""
+    gone = Counter(r.info.kind for r in dead)
+    all_ = Counter(r.info.kind for r in records if r.alive)
+    if _too_many(gone.total(), all_.total()):
+        return set(gone)
+    return {kind for kind, count in gone.items() if _too_many(count, all_[kind])}
+
+
+def _too_many(gone: int, all_: int) -> bool:
+    return gone >= BRAKE_COUNT and gone > BRAKE_SHARE * all_

@@ -103,6 +103,24 @@ def failures_survivable(replicas: Replicas, servers: Sequence[str], zones: Mappi
     return int(fresh.sum(axis=2).min()) - 1
 
 
+def failures_restorable(members: Sequence[Member], replication: int, pairs: int) -> int:
+    """The largest k such that after the loss of any k failure domains the others have memory for full redundancy.
+
+    That is `replication` replicas of each of `pairs` experts, each in another domain. -1: there is not enough now.
+    """
+    room: dict[str, int] = {}
+    for m in members:
+        if m.state in ("JOINING", "ONLINE"):
+            domain = _domain(m.server_id, m.zone)
+            room[domain] = min(room.get(domain, 0) + m.capacity, pairs)  # a second copy there would not count
+    left = sorted(room.values())
+    lost = -1
+    while len(left) >= replication and sum(left) >= replication * pairs:
+        lost += 1
+        left.pop()  # the worst loss is that of the largest
+    return lost
+
+
 def plan(
     previous: Plan | None,
     members: Sequence[Member],

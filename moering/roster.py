@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 from moering.actions import Probe, Rules
 from moering.protocol import MemberInfo
-from moering.records import Record, braked, examine
+from moering.records import SUSPECTED_S, Record, braked, examine
 
 logger = logging.getLogger(__name__)
 
 OWN_PAUSE_S = 1.0
 REMEMBER_DEAD_S = 60.0
+PROBED = ("expert-server", "router")
+"""Those with an endpoint of ours that can be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +80,16 @@ class Roster:
         for kind in held_back - self._braked:
             logger.warning("many of kind %s look dead without proof (%s); forgetting none", kind, evidence.dead)
         self._braked = held_back
-        for record in evidence.probe:
+        doubtful = [r for r in dead if r.info.kind in held_back]
+        # Nothing is held against those in doubt, but a refused connection would be a proof.
+        ask = [r for r in doubtful if r.info.kind in PROBED and now_s - r.probed_s >= SUSPECTED_S]
+        probe = [*evidence.probe, *ask]
+        for record in probe:
             record.probed_s = now_s
         return Verdict(
             [(r, evidence.dead[r.info.server_id]) for r in dead if r.info.kind not in held_back],
-            {r.info.server_id for r in dead if r.info.kind in held_back},
-            [Probe(r.info.server_id, r.info.incarnation, r.info.address) for r in evidence.probe],
+            {r.info.server_id for r in doubtful},
+            [Probe(r.info.server_id, r.info.incarnation, r.info.address) for r in probe],
         )
 
     def grace_ended(self, now_s: float) -> list[str]:

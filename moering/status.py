@@ -1,7 +1,10 @@
 """``moering status``: what the gateway knows of the cluster, as a table or as its JSON.
 
-The JSON of ``GET /admin/status`` is ``{"epoch": int, "failures_survivable": int, "processes": [{"id", "kind", "pid",
-"state", "incarnation", "address", "experts"}]}``; ``failures_survivable`` is -1 while an expert has no live replica.
+The JSON of ``GET /admin/status`` is ``{"epoch": int, "failures_survivable": int, "failures_restorable": int, "orphans":
+int, "under_target": int, "processes": [{"id", "kind", "pid", "state", "incarnation", "address", "experts", "zone"}]}``.
+``failures_survivable`` is -1 while an expert has no live replica (is an orphan), ``failures_restorable`` while the
+servers there are cannot hold all replicas in different failure domains. ``under_target`` counts experts with fewer live
+replicas than wanted.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from moering.errors import MoeringError
 from moering.http_client import get_json
 from moering.process import run_main
 
-COLUMNS = ("id", "kind", "state", "pid", "experts", "incarnation", "address")
+COLUMNS = ("id", "kind", "state", "pid", "experts", "zone", "incarnation", "address")
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,12 @@ def fetch(url: str, timeout_s: float = 10.0, key: str | None = None) -> Any:
 
 def table(status: Mapping[str, Any]) -> str:
     """The status for people: a line for the cluster, then one per process."""
-    rows = [COLUMNS, *(tuple(str(p.get(c, "")) for c in COLUMNS) for p in status["processes"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    processes = status["processes"]
+    columns = [c for c in COLUMNS if c != "zone" or any(p.get(c) for p in processes)]
+    rows = [columns, *([str(p.get(c, "")) for c in columns] for p in processes)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"epoch {status['epoch']}; {coverage(status)}", "", *lines])
+    return "\n".join([f"epoch {status['epoch']}; {coverage(status)}", *shortage(status), "", *lines])
 
 
 def coverage(status: Mapping[str, Any]) -> str:
@@ -56,6 +61,17 @@ def coverage(status: Mapping[str, Any]) -> str:
         1: "1 failure of an expert server is survived",
     }.get(survivable, f"{survivable} failures of expert servers are survived")
     return f"{replicas} expert replicas on {len(servers)} expert servers; {failures}"
+
+
+def shortage(status: Mapping[str, Any]) -> list[str]:
+    """Lines on what is missing now, and on how far memory reaches."""
+    orphans, under = status.get("orphans", 0), status.get("under_target", 0)
+    lines = [f"{orphans} experts have no replica, {under} fewer than wanted"] if under else []
+    restorable = status.get("failures_restorable")
+    if restorable is not None:
+        memory = f"further failures after which full redundancy can be restored: {restorable}"
+        lines.append(memory if restorable >= 0 else "these servers do NOT suffice for full redundancy")
+    return lines
 
 
 def _run(config: Config) -> int:

@@ -26,12 +26,14 @@ class Tables:
     failures_survivable: int
     orphans: int
     under_target: int
+    failures_restorable: int
 
     def same_as(self, other: Tables | None) -> bool:
         """Whether nothing that a member sees has changed."""
         return (
             other is not None
             and self.servers == other.servers
+            and self.failures_restorable == other.failures_restorable
             and np.array_equal(self.routing, other.routing)
             and np.array_equal(self.target, other.target)
         )
@@ -72,5 +74,5 @@ def make_view(term: int, epoch: int, members: list[MemberInfo], tables: Tables |
     return View(
         term, epoch, members, list(tables.servers), layers, experts, width, tables.routing.astype("<i2").tobytes(),
         tables.target.astype("<i2").tobytes(), replication, tables.failures_survivable, tables.orphans,
-        tables.under_target,
+        tables.under_target, failures_restorable=tables.failures_restorable,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import zmq
 from moering import transport
 from moering.checkpoint import Checkpoint
 from moering.errors import ConfigError, HandshakeError
+from moering.leader import finder
 from moering.lease import LeaseClient
 from moering.process import incarnation, install_signal_handlers, run_main
 from moering.protocol import Hello, Lease, Leave, MemberInfo, Register
@@ -35,6 +36,7 @@ class Router:
         if not config.checkpoint:
             raise ConfigError("--checkpoint is needed")
         self.config, self.id, self.incarnation = config, config.server_id, incarnation()
+        coordinator = finder(config.join, config.membership)
         self.checkpoint = Checkpoint(config.checkpoint)
         self.model = self.checkpoint.path.name
         socket = transport.make_socket(zmq.ROUTER, queue_messages=100_000)
@@ -47,7 +49,7 @@ class Router:
         )  # fmt: skip
         self.engine = build_engine(config, self.checkpoint, self.exchange, frontend, poller)
         self.lease = LeaseClient(
-            config.join, self._register, self._lease, self.engine.view_changed, self._on_refused
+            coordinator, self._register, self._lease, self.engine.view_changed, self._on_refused
         )  # fmt: skip
         self._refusal: str | None = None
 

@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass
 
 from moering.config import option
+from moering.leader import EMBEDDED, MEMBERSHIP_HELP
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Config:
 
     checkpoint: str = option("", "directory of the checkpoint, the same on all processes (shared storage)")
     join: str = option("tcp://127.0.0.1:7000", "address of the coordinator")
+    membership: str = option(EMBEDDED, MEMBERSHIP_HELP)
     bind: str = option("tcp://127.0.0.1:*", "where gateways connect")
     advertise: str = option("", "host that gateways connect to, when it is not the one bound")
     id: str = option("", "name that stays over restarts; default: router- and the host name")

@@ -73,12 +73,16 @@ def test_status_shows_the_view_and_this_process(model):
         async with gateway(model, router) as g:
             status, text, _ = await g.get("/admin/status")
             body = json.loads(text)
-            assert status == 200 and set(body) == {"epoch", "processes", "failures_survivable", "router_counters"}
+            assert status == 200 and set(body) == {
+                "epoch", "processes", "failures_survivable", "failures_restorable", "orphans", "under_target",
+                "router_counters",
+            }  # fmt: skip
             own, other = body["processes"]
             assert (own["kind"], own["state"], own["address"]) == ("gateway", "ONLINE", g.url)
             assert other == {
                 "id": "router-0", "kind": "router", "pid": 1, "state": "ONLINE",
                 "incarnation": router.incarnation, "address": router.address, "experts": 0,
+                "zone": "",
             }  # fmt: skip
 
     run(main())

@@ -26,7 +26,7 @@ def test_a_router_reads_no_expert(checkpoint: Path, tmp_path: Path) -> None:
 def test_an_expert_server_reads_its_own_experts_only(cluster: Cluster, checkpoint: Path, tmp_path: Path) -> None:
     """A fourth server, in this process, joins the cluster and gets a share."""
     join = cluster.process("coordinator")["address"]
-    server = ExpertServer(ExpertConfig(str(checkpoint), join, f"ipc://{tmp_path}/e", id="expert-3", nice=False))
+    server = ExpertServer(ExpertConfig(str(checkpoint), join, bind=f"ipc://{tmp_path}/e", id="expert-3", nice=False))
     server.service.start()
     server.lease.start()
     try:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -126,6 +126,27 @@ def test_status_as_a_table(gateway: Gateway, capsys: pytest.CaptureFixture[str])
         ["expert-0", "expert-server", "ONLINE", "7", "160", "5", "ipc:///x"],
         ["expert-1", "expert-server", "JOINING", "7", "3", "5", "ipc:///x"],
     ]
+
+
+def test_status_says_what_is_missing_and_how_far_memory_reaches(
+    gateway: Gateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoned = [p | {"zone": "a"} for p in cast(list[dict[str, object]], STATUS["processes"])]
+    for more, lines in (
+        (
+            {"failures_restorable": 2, "under_target": 0, "orphans": 0},
+            ["further failures after which full redundancy can be restored: 2"],
+        ),
+        (
+            {"failures_restorable": -1, "under_target": 7, "orphans": 3},
+            ["3 experts have no replica, 7 fewer than wanted", "these servers do NOT suffice"],
+        ),
+    ):
+        gateway.pages["/admin/status"] = (200, json.dumps(STATUS | more | {"processes": zoned}))
+        assert cli.main(["status", "--url", gateway.url]) == 0
+        _, *said, empty, columns, _, _ = capsys.readouterr().out.splitlines()
+        assert empty == "" and "zone" in columns.split()
+        assert len(said) == len(lines) and all(s.startswith(wanted) for s, wanted in zip(said, lines, strict=True))
 
 
 @pytest.mark.parametrize(("survivable", "text"), [(-1, "NO live replica"), (0, "NO failure"), (2, "2 failures")])

@@ -119,6 +119,11 @@ def test_each_process_gets_its_flags() -> None:
     assert argv(config, "gateway-0") == ["gateway", *join, "--id", "gateway-0", *http, "--queue=7"]
 
 
+def test_expert_servers_are_put_into_the_zones_in_turn() -> None:
+    config = Config(expert_servers=3, zones=("a", "b"))
+    assert [argv(config, f"expert-{i}")[-2:] for i in range(3)] == [["--zone", z] for z in "aba"]
+
+
 def test_only_the_coordinator_keeps_its_address_over_a_restart() -> None:
     config = Config()
     assert argv(config, "expert-1", start=2)[-1] == "ipc:///run/r/expert-1.2"
