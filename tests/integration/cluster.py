@@ -40,10 +40,12 @@ def wait_for(what: str, condition: Callable[[], Any], within_s: float = DEADLINE
 
 
 class Cluster:
-    """A running cluster of three expert servers, replication 2."""
+    """A running cluster with replication 2, of three expert servers unless `flags` say another number."""
 
     def __init__(self, checkpoint: Path, log: Path, run_directory: str, flags: Sequence[str] = ()) -> None:
         self.checkpoint, self.log = checkpoint, log
+        count = int(flags[flags.index("--expert-servers") + 1]) if "--expert-servers" in flags else len(SERVERS)
+        self.servers = tuple(f"expert-{i}" for i in range(count))
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         argv = [sys.executable, "-m", "moering", "serve", str(checkpoint), "--port", str(port), *flags]
@@ -83,7 +85,7 @@ class Cluster:
         except HttpError:
             return False
         online = {p["id"] for p in status["processes"] if p["state"] == "ONLINE"}
-        return online >= {*SERVERS, "router-0", "gateway-0", "coordinator"} and status["failures_survivable"] == 1
+        return online >= {*self.servers, "router-0", "gateway-0", "coordinator"} and status["failures_survivable"] == 1
 
     def wait_settled(self) -> None:
         wait_for("all processes serve and one failure is survived", self.settled)
