@@ -20,6 +20,11 @@ class MicroBatch:
     expert_output: torch.Tensor  # float32 [n, k, hidden], host
     layer: int = field(default=0)
 
+    @property
+    def topk_weights(self) -> torch.Tensor:
+        """float32 [n, k], on the device: what the next segment combines the outputs with."""
+        return self.step.topk_weights[: self.rows]
+
     def take_rows(self, whole: MicroBatch, rows: torch.Tensor) -> None:
         """Become these rows of `whole`, at the same point of the same layer."""
         self.layer = whole.layer
