@@ -11,8 +11,8 @@ import torch
 def leave_out(weights: torch.Tensor, outputs: torch.Tensor, missing: torch.Tensor) -> None:
     """Drop the experts of the `missing` slots (row × k + j) from their rows, in place.
 
-    `weights` is float32 [n, k], `outputs` float32 [n, k, hidden], on any devices. The sum of a row's weights stays what it was: 1 where
-    the gate normalises, else less. Rows that `hopeless` names must not be among them.
+    `weights` is float32 [n, k], `outputs` float32 [n, k, hidden], on any devices. The sum of a row's weights stays what
+    it was: 1 where the gate normalises, else less. Rows that `hopeless` names must not be among them.
     """
     gone = _mask(weights, missing)
     left = weights.masked_fill(gone, 0.0)
