@@ -50,11 +50,12 @@ def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Se
     """Read the configuration, set up logging, watch the launcher, and `run(config)`. Returns the exit status.
 
     A `ConfigError` is one line on stderr and status 2, any other `MoeringError` one line and status 1; other
-    exceptions are bugs and leave with their traceback. Log lines carry the config's ``id`` where it has one, else
-    `kind`.
+    exceptions, in whatever thread, are bugs and end the process with their traceback. Log lines carry the config's
+    ``id`` where it has one, else `kind`.
     """
     watch_launcher()
     prog = f"moering {kind}"
+    before, threading.excepthook = threading.excepthook, _end_with_thread
     try:
         config = parse(config_class, sys.argv[1:] if argv is None else argv, prog=prog)
         set_up_logging(getattr(config, "id", None) or kind)
@@ -64,6 +65,16 @@ def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Se
         return 2 if isinstance(e, ConfigError) else 1
     except KeyboardInterrupt:  # before signal handlers were installed
         return 128 + signal.SIGINT
+    finally:
+        threading.excepthook = before
+
+
+def _end_with_thread(args: threading.ExceptHookArgs) -> None:
+    """A process that has lost a thread to a bug, or for want of memory, hangs and looks alive: end it, so that it is
+    replaced."""
+    if args.exc_type is not SystemExit:
+        threading.__excepthook__(args)
+        os._exit(1)
 
 
 def command_line(kind: str) -> list[str]:

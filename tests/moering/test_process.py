@@ -47,6 +47,25 @@ def test_a_bug_keeps_its_traceback() -> None:
         run_main("stub", Config, lambda config: 1 // 0, [])
 
 
+BUG_IN_A_THREAD = """
+import threading
+from tests.moering.test_process import Config
+from moering.process import run_main
+
+def run(config):
+    threading.Thread(target=lambda: 1 // 0).start()
+    threading.Event().wait()
+
+run_main("stub", Config, run, [])
+"""
+
+
+def test_a_bug_in_a_thread_ends_the_process_that_would_wait_for_it() -> None:
+    argv, cwd = [sys.executable, "-c", BUG_IN_A_THREAD], Path(__file__).parents[2]
+    ended = subprocess.run(argv, capture_output=True, text=True, cwd=cwd, timeout=DEADLINE_S, check=False)
+    assert ended.returncode == 1 and "ZeroDivisionError" in ended.stderr
+
+
 def test_log_lines_name_the_process(capsys: pytest.CaptureFixture[str]) -> None:
     def run(config: Config) -> int:
         logging.getLogger("a.module").info("loaded %d", config.size)
