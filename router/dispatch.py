@@ -18,6 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from moering.errors import ProtocolError
 from moering.protocol import View
 from router.choose import Health, choose, rank_all
 from router.instructions import Complete, Counters, Dispatch, Instruction, Poisoned, Send
@@ -88,11 +89,16 @@ class Dispatcher:
     # --- events ---
 
     def find(self, server: str, incarnation: int, seq: int, pairs: int) -> Dispatch | None:
-        """The dispatch that a reply answers; None, and counted, for a reply to be dropped."""
+        """The dispatch that a reply answers; None, and counted, for a reply to be dropped.
+
+        Raises `ProtocolError` for an answer with too few or too many rows: waiting for the right one would be for ever.
+        """
         d = self._outstanding.get(seq)
-        if d is None or d.server != server or self.health[server].incarnation != incarnation or len(d.slots) != pairs:
+        if d is None or d.server != server or self.health[server].incarnation != incarnation:
             self.counters.stale_replies += 1
             return None
+        if len(d.slots) != pairs:
+            raise ProtocolError(f"{pairs} rows where {len(d.slots)} were asked for")
         return d
 
     def replied(self, dispatch: Dispatch, now_s: float) -> list[Instruction]:

@@ -209,7 +209,11 @@ class Exchange:
     def _put(self, connection: Connection, reply: Reply, tensor: memoryview) -> None:
         """Write the rows of a reply to the slots it answers."""
         server = connection.server_id
-        d = self.dispatcher.find(server, reply.incarnation, reply.seq, reply.shape[0])
+        try:
+            d = self.dispatcher.find(server, reply.incarnation, reply.seq, reply.shape[0])
+        except ProtocolError as e:
+            self._lose(connection, f"a bad reply ({e})", REFUSED_RETRY_S)
+            return
         if d is None:
             return
         _, _, output = self._micro_batches[d.work].expert_arrays()

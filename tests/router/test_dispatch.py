@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moering.errors import ProtocolError
 from moering.protocol import View
 from router.dispatch import Dispatcher
 from router.instructions import Complete, Poisoned, Send
@@ -91,12 +92,18 @@ def test_stale_replies_are_dropped_and_counted():
     (x,) = sends(d.submit(1, 0, np.array([[0, 3]]), None, False, 0.0))
     assert d.find("b", 1, x.seq, 2) is None  # another server
     assert d.find("a", 2, x.seq, 2) is None  # another incarnation
-    assert d.find("a", 1, x.seq, 1) is None  # too few rows
     assert d.find("a", 1, x.seq + 1, 2) is None  # never sent
     d.disconnected("a", 0.1)
     d.connected("a", 1, 1000, 1000, 0.2)
     assert d.find("a", 1, x.seq, 2) is None  # answered elsewhere by now
-    assert d.counters.stale_replies == 5
+    assert d.counters.stale_replies == 4
+
+
+def test_a_reply_with_too_few_rows_is_an_error_and_not_waited_out():
+    d = dispatcher()
+    (x,) = sends(d.submit(1, 0, np.array([[0, 3]]), None, False, 0.0))
+    with pytest.raises(ProtocolError, match="1 rows where 2 were asked for"):
+        d.find("a", 1, x.seq, 1)
 
 
 def test_without_a_replica_slots_come_back_as_missing_and_can_be_tried_again():
