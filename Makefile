@@ -15,7 +15,7 @@ SERVE_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint compose-test bench-load bench-faults bench-kernels clean
+.PHONY: help serve test check lint fault-matrix compose-test bench-load bench-faults bench-kernels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -33,6 +33,9 @@ lint: $(DEV_STAMP) ## ruff, mypy and import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fault-matrix: $(DEV_STAMP) ## every cell of docs/fault-matrix.md against real processes
+	$(BIN)/python -m pytest tests/faults/test_cells.py --fault-cells all $(ARGS)
 
 compose-test: $(DEV_STAMP) ## build the images, run them on a container engine, kill a server, check the stream
 	$(BIN)/python -m compose.test $(ARGS)

@@ -5,9 +5,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import matrix, subset
 from tests.faults.scenario import Scenario
 from tests.integration.cluster import Cluster, serving
 from tests.tiny import write_checkpoint
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-cells", default="subset", help="subset, all, or part of the names of cells")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cell" not in metafunc.fixturenames:
+        return
+    wanted = metafunc.config.getoption("--fault-cells", default="subset")
+    if wanted == "subset":
+        cells = subset.read()
+    else:
+        cells = [c for c in matrix.RUN if wanted == "all" or wanted in c.name]
+    metafunc.parametrize("cell", cells, ids=[c.name for c in cells])
 
 
 @pytest.fixture(scope="session")

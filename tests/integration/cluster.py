@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,17 +40,23 @@ def wait_for(what: str, condition: Callable[[], Any], within_s: float = DEADLINE
 
 
 class Cluster:
-    """A running cluster with replication 2, of three expert servers unless `flags` say another number."""
+    """A running cluster of three expert servers, replication 2."""
 
-    def __init__(self, checkpoint: Path, log: Path, run_directory: str, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        log: Path,
+        run_directory: str,
+        flags: Sequence[str] = (),
+        program: Sequence[str] = ("moering", "serve"),
+        environment: Mapping[str, str] = {},
+    ) -> None:
+        """`program`: the module that is run and its first arguments, where it is not `moering serve` itself."""
         self.checkpoint, self.log = checkpoint, log
-        count = int(flags[flags.index("--expert-servers") + 1]) if "--expert-servers" in flags else len(SERVERS)
-        self.servers = tuple(f"expert-{i}" for i in range(count))
-        self.prefix = flags[flags.index("--machine") + 1] + "-" if "--machine" in flags else ""
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        argv = [sys.executable, "-m", "moering", "serve", str(checkpoint), "--port", str(port), *flags]
-        env = os.environ | {"XDG_RUNTIME_DIR": run_directory, "OMP_NUM_THREADS": "1"}
+        argv = [sys.executable, "-m", *program, str(checkpoint), "--port", str(port), *flags]
+        env = os.environ | {"XDG_RUNTIME_DIR": run_directory, "OMP_NUM_THREADS": "1", **environment}
         with log.open("wb") as out:
             self.launcher = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, cwd=REPO, env=env)
 
@@ -76,7 +82,7 @@ class Cluster:
         return dict(fetch(self.url))
 
     def process(self, server_id: str) -> dict[str, Any]:
-        return next(p for p in self.status()["processes"] if p["id"] == self.prefix + server_id)
+        return next(p for p in self.status()["processes"] if p["id"] == server_id)
 
     def settled(self) -> bool:
         """All processes serve, requests are accepted and one failure is survived."""
@@ -86,9 +92,7 @@ class Cluster:
         except HttpError:
             return False
         online = {p["id"] for p in status["processes"] if p["state"] == "ONLINE"}
-        kinds = {p["kind"] for p in status["processes"]}
-        own = {self.prefix + i for i in (*self.servers, "router-0", "gateway-0")}
-        return online >= own and "coordinator" in kinds and status["failures_survivable"] == 1
+        return online >= {*SERVERS, "router-0", "gateway-0", "coordinator"} and status["failures_survivable"] == 1
 
     def wait_settled(self) -> None:
         wait_for("all processes serve and one failure is survived", self.settled)
@@ -144,10 +148,16 @@ def _is_child_of(pid: int, launcher: int) -> bool:
 
 
 @contextmanager
-def serving(checkpoint: Path, directory: Path, flags: Sequence[str] = ()) -> Iterator[Cluster]:
+def serving(
+    checkpoint: Path,
+    directory: Path,
+    flags: Sequence[str] = (),
+    program: Sequence[str] = ("moering", "serve"),
+    environment: Mapping[str, str] = {},
+) -> Iterator[Cluster]:
     """A cluster that is ready; nothing of it is left at the end."""
     with tempfile.TemporaryDirectory(prefix="mo-", dir="/tmp") as run_directory:  # short: a socket's path is limited
-        cluster = Cluster(checkpoint, directory / "cluster.log", run_directory, flags)
+        cluster = Cluster(checkpoint, directory / "cluster.log", run_directory, flags, program, environment)
         try:
             cluster.wait_ready()
             yield cluster

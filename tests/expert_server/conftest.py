@@ -1,3 +1,0 @@
-"""Makes the Triton kernels run without a GPU."""
-
-import tests.interpreter  # noqa: F401

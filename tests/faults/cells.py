@@ -1,0 +1,69 @@
+"""Runs one cell of the kill matrix against an arena."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from tests.faults.arena import MEMBERS, Arena
+from tests.faults.injections import ENDS, INJECTIONS
+from tests.faults.matrix import Cell
+from tests.faults.moments import PHASES, Moment, moment
+from tests.integration.cluster import wait_for
+from tests.integration.streams import Stream
+
+
+def run(arena: Arena, cell: Cell) -> float:
+    """Let the fault hit, check the streams and that everything is whole again. The longest gap of a stream, seconds."""
+    before = arena.incarnations()
+    assert before.keys() == MEMBERS
+    with moment(arena, cell) as m:
+        seen = _through(m)
+        if _breaks_connections(cell):
+            arena.check_broken(seen)
+        else:
+            arena.check(seen)
+        if m.spare is not None:
+            _check_spare(m)
+    ended = _ended(m)
+    wait_for("who has ended is back", lambda: _replaced(arena.incarnations(), before) >= ended)
+    arena.wait_whole()
+    assert _replaced(arena.incarnations(), before) == ended, "others have been replaced, too"
+    return max(s.longest_gap_s for s in seen)
+
+
+def _through(m: Moment) -> list[Stream]:
+    """The streams, with the fault in their middle; idle: they start after it."""
+    streams = m.arena.streams() if m.cell.when in PHASES and m.spare is None else None
+    with ExitStack() as stack:
+        m.wait_reached(stack)
+        if m.spare is not None:
+            streams = m.arena.streams()
+        pid = None if m.victim == "launcher" else m.arena.hub.pid(m.victim)
+        with INJECTIONS[m.cell.how](m):
+            if streams is None and m.victim == "gateway-0" and m.cell.how in ENDS:
+                wait_for("another gateway starts", lambda: m.arena.hub.pid(m.victim) != pid)
+                m.arena.wait_online()
+            return (streams or m.arena.streams()).finish()
+
+
+def _replaced(now: dict[str, int], before: dict[str, int]) -> set[str]:
+    return {i for i in MEMBERS if now.get(i, before[i]) != before[i]}
+
+
+def _breaks_connections(cell: Cell) -> bool:
+    return cell.who == "gateway" and cell.how == "SIGKILL" and cell.when not in ("joining", "idle")
+
+
+def _ended(m: Moment) -> set[str]:
+    ended = {m.victim} & MEMBERS if m.cell.how in ENDS else set()
+    return ended | ({m.dead} if m.dead else set())
+
+
+def _check_spare(m: Moment) -> None:
+    """A spare that was hit by an end has ended; every other one joins in the end."""
+    assert m.spare is not None
+    if m.in_spare and m.cell.how in ENDS:
+        status = m.spare.wait_ended()
+        assert bool(status) == (m.cell.how != "SIGTERM") or status == -15, status
+    else:
+        wait_for("the spare is online", lambda: m.arena.processes().get(m.spare.server_id, {}).get("state") == "ONLINE")

@@ -1,0 +1,140 @@
+"""The moments of the kill matrix: a cell's victim is brought there by gates, and held there until the fault hits."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from tests.faults.arena import RELAYED, Arena
+from tests.faults.hub import Gate
+from tests.faults.matrix import CUTS, LOADS, REPLIES, Cell
+from tests.faults.relay import Relay
+from tests.faults.spare import Spare, server_id_of, spare
+from tests.faults.visitor import visiting
+
+PHASES = {"prefill": ("received", True, 0), "decode": ("received", False, 4)}
+PHASES |= {"reply": ("replying", False, 4), "recovery": PHASES["decode"]}
+"""Point, whether a prompt is computed there, and how many such hits go by before; the streams have 24 tokens."""
+AGENTS_OWN = ("exit", "out of memory", "garbage", "wrong shape", "twice", "slow", "full disk")
+"""What happens in the process that is hit; for all other faults it is held at the gate."""
+WHILE_LOADING = ("exit", *LOADS)
+STAYS = ("slow", "full disk")
+ON_THE_DATA_PATH = {"expert server": "expert-0", "router": "router-1", "gateway": "gateway-0"}
+"""Where a fault of each kind hits, unless it needs a relay or a fixed address."""
+OBSERVER = "expert-0"
+"""Holds the streams in their phase while something hits that is not on the data path."""
+
+
+@dataclass
+class Moment:
+    """Where a cell's fault hits."""
+
+    arena: Arena
+    cell: Cell
+    victim: str
+    gate: Gate | None = None  # the victim's
+    observer: Gate | None = None
+    spare: Spare | None = None
+    dead: str | None = None  # whose recovery is under way
+
+    @property
+    def in_spare(self) -> bool:
+        """Whether the spare is the victim."""
+        return self.spare is not None and self.spare.server_id == self.victim
+
+    @property
+    def relay(self) -> Relay:
+        """In front of the victim, or between a spare and the coordinator."""
+        return self.spare.relay if self.spare is not None and self.in_spare else self.arena.relays[self.victim]
+
+    def wait_reached(self, stack: ExitStack) -> None:
+        """Until the streams, or the spare, have got there."""
+        if self.observer is not None:
+            self.observer.wait_fired()
+        if self.gate is not None and self.cell.who == "coordinator":
+            stack.enter_context(visiting(self.arena.coordinator))
+        if self.gate is not None:
+            self.gate.wait_fired()
+
+    @property
+    def pid(self) -> int:
+        """The victim's."""
+        return self.arena.cluster.launcher.pid if self.victim == "launcher" else self.arena.hub.pid(self.victim)
+
+    def signal(self, number: int) -> None:
+        """Send one to the victim."""
+        os.kill(self.pid, number)
+
+    def release(self, *, late: bool = False) -> None:
+        """Let those go on who are held; `late`: not the victim."""
+        for gate in (self.observer, None if late else self.gate):
+            if gate is not None:
+                gate.release()
+
+
+@contextmanager
+def moment(arena: Arena, cell: Cell) -> Iterator[Moment]:
+    """Prepare a cell: what has to be dead is dead, the gates are armed. At the end all are let go."""
+    with ExitStack() as stack:
+        m = Moment(arena, cell, _victim(cell))
+        if cell.when == "recovery":
+            _kill_another(m, stack)
+        if cell.how in WHILE_LOADING:
+            _start_a_spare(m, stack, "loading")
+        elif cell.when in ("joining", "loading"):
+            _start_a_spare(m, stack, cell.when)
+        elif cell.when in PHASES:
+            _arm(m)
+        stack.callback(m.release)
+        yield m
+
+
+def _victim(cell: Cell) -> str:
+    if cell.how in CUTS:
+        return RELAYED.get(cell.who, cell.who)
+    if cell.how == "same address" and cell.who == "expert server":
+        return "expert-1"
+    return ON_THE_DATA_PATH.get(cell.who, cell.who)
+
+
+def _start_a_spare(m: Moment, stack: ExitStack, point: str) -> None:
+    """It is the victim, or an observer of one that is not on the data path."""
+    own = m.cell.who in ON_THE_DATA_PATH
+    kind = m.cell.who if own else "expert server"
+    skip = 3 if (kind, point) == ("expert server", "loading") else 0  # some experts are there already
+    action = m.cell.how if m.cell.how in AGENTS_OWN else "block"
+    stays = m.cell.how in STAYS
+    gate = m.arena.hub.arm_next(server_id_of(kind), point, action, skip=skip, stays=stays)
+    m.spare = stack.enter_context(spare(m.arena, kind))
+    if own:
+        m.victim, m.gate = m.spare.server_id, gate
+    else:
+        m.observer = gate
+
+
+def _kill_another(m: Moment, stack: ExitStack) -> None:
+    """An expert server is dead, and its successor is held back until the cell is over."""
+    m.dead = "expert-1" if m.victim != "expert-1" else "expert-0"
+    hold = m.arena.hub.hold_start(m.dead)
+    stack.callback(hold.release)
+    os.kill(m.arena.hub.pid(m.dead), signal.SIGKILL)
+    hold.wait_reached()
+
+
+def _arm(m: Moment) -> None:
+    """The gate of a phase, and where that is another process's, the victim's own."""
+    cell, hub = m.cell, m.arena.hub
+    point, prefill, skip = PHASES[cell.when]
+    action = cell.how if cell.how in AGENTS_OWN else "block"
+    if cell.who in ON_THE_DATA_PATH:
+        point = "replying" if cell.how in REPLIES else point
+        stays = cell.how in STAYS
+        m.gate = hub.arm(m.victim, point, action, match={"prefill": prefill}, skip=skip, stays=stays)
+        return
+    m.observer = hub.arm(OBSERVER, point, match={"prefill": prefill}, skip=skip)
+    if cell.who == "coordinator" and (cell.when == "reply" or cell.how in REPLIES):
+        answers = cell.when == "reply" and cell.how != "wrong shape"
+        m.gate = hub.arm("coordinator", "replying" if answers else "publishing", action)

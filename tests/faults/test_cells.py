@@ -1,0 +1,46 @@
+"""The cells of the kill matrix: the subset of `subset.txt`, or those that `--fault-cells` selects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.faults import cells
+from tests.faults.arena import Arena, arena
+from tests.faults.matrix import Cell
+
+
+class Arenas:
+    """One arena for all cells; another one after a cell that failed, so that it fails alone."""
+
+    def __init__(self, checkpoint: Path, factory: pytest.TempPathFactory) -> None:
+        self._checkpoint, self._factory = checkpoint, factory
+        self._stack = ExitStack()
+        self._arena: Arena | None = None
+
+    def get(self) -> Arena:
+        if self._arena is None:
+            self._arena = self._stack.enter_context(arena(self._checkpoint, self._factory.mktemp("arena")))
+        return self._arena
+
+    def close(self) -> None:
+        self._arena = None
+        self._stack.close()
+
+
+@pytest.fixture(scope="module")
+def arenas(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arenas]:
+    found = Arenas(checkpoint, tmp_path_factory)
+    yield found
+    found.close()
+
+
+def test_cell(arenas: Arenas, cell: Cell) -> None:
+    try:
+        cells.run(arenas.get(), cell)
+    except BaseException:
+        arenas.close()
+        raise
