@@ -18,7 +18,7 @@ from moering.protocol import MemberInfo, Register, View
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("gateway", "router", "expert-server")
+KINDS = ("gateway", "router", "expert-server", "launcher")
 STATES = ("JOINING", "ONLINE", "DRAINING")
 MAX_EXPERTS = 1 << 20
 """Layers x experts of the largest model that is believed; a plan of it takes some megabytes."""

@@ -18,18 +18,32 @@ from typing import Any
 from moering.actions import Action, Rules, Send
 from moering.admission import STATES, Admission, check_fields, read_view
 from moering.errors import HandshakeError, ProtocolError
+from moering.first_plan import FirstPlan
+from moering.operations.book import Operations
+from moering.operations.cluster import ClusterFacts
 from moering.placement import Placement
 from moering.popularity import Popularity
-from moering.protocol import Held, Lease, Leave, MemberInfo, ProvenExit, Refused, Register, Registered, Unknown, View
+from moering.protocol import (
+    Held,
+    Lease,
+    Leave,
+    MemberInfo,
+    Operate,
+    ProvenExit,
+    Refused,
+    Register,
+    Registered,
+    Unknown,
+    View,
+)
 from moering.records import Record
 from moering.recovery import Recovery
 from moering.roster import Roster
 from moering.tables import Tables, make_view
+from moering.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
-SETTLE_UNKNOWN_S = 2.0
-"""Without a number of expert servers to expect: the first plan waits this long after the last one registered."""
 RESEND_S = 2.0
 """A member that has not applied a view after this time gets it again (`zmq.ROUTER` may have dropped it)."""
 
@@ -37,8 +51,11 @@ RESEND_S = 2.0
 class Membership:
     """All members, their leases, and what they are told."""
 
-    def __init__(self, rules: Rules, own: MemberInfo, now_s: float, term: int = 1) -> None:
-        self.rules, self.own = rules, own
+    def __init__(self, rules: Rules, own: MemberInfo, now_s: float, term: int = 1, epoch_s: float = 0.0) -> None:
+        """`epoch_s`: what has to be added to the clock's seconds to make them seconds since 1970."""
+        self.rules, self.own, self._epoch_s = rules, own, epoch_s
+        self.operations = Operations()
+        self.timeline = Timeline()
         self.roster = Roster(rules, now_s)
         self.admission = Admission(rules.allow_inexact)
         self.placement: Placement | None = None
@@ -49,7 +66,7 @@ class Membership:
         self._recovery = Recovery(rules.lease_s)
         self._replan = False
         self._dirty = True  # something happened that members may have to be told
-        self._first_server_s = self._last_server_s = 0.0
+        self._first_plan = FirstPlan(rules, now_s)
         self._doubtful: set[str] = set()
         self._handlers: dict[type, Callable[[bytes, Any, float], list[Action]]] = {
             Register: self._register,
@@ -57,6 +74,7 @@ class Membership:
             Held: self._held,
             Leave: self._leave,
             ProvenExit: self._proven_exit,
+            Operate: self._operate,
         }
 
     def handle(self, sender: bytes, message: Any, now_s: float) -> list[Action]:
@@ -94,8 +112,11 @@ class Membership:
         held = self._unpack(register.held) if info.kind == "expert-server" else None
         if old is not None and old.info.incarnation != info.incarnation:
             self._bury(old, "a new incarnation registered", proven=True, now_s=now_s)
-        self.roster.records[info.server_id] = Record(info, sender, now_s + self.rules.lease_s, progress_at_s=now_s)
+        self.roster.records[info.server_id] = Record(
+            info, sender, now_s + self.rules.lease_s, progress_at_s=now_s, expert_bytes=register.expert_bytes
+        )
         logger.info("%s %s registered (pid %d, %s)", info.kind, info.server_id, info.pid, info.state)
+        self._event("member.registered", info.server_id, f"pid {info.pid}, {info.state}", now_s)
         if info.kind == "expert-server":
             self._server_registered(info, held, now_s)
         self._saw_view(view, now_s)
@@ -108,8 +129,7 @@ class Membership:
         for router in self.roster.alive("router"):
             router.suspects.pop(info.server_id, None)
         self._replan = True
-        self._last_server_s = now_s
-        self._first_server_s = self._first_server_s or now_s
+        self._first_plan.server_registered(now_s)
 
     def _saw_view(self, view: View | None, now_s: float) -> None:
         """A member has a view of another coordinator: go on from it, or at least above it."""
@@ -121,6 +141,7 @@ class Membership:
         planned = self.placement is not None and self.placement.plan is not None
         if not planned and view.layers:
             self._recovery.start(view, [r.info.server_id for r in self.roster.alive()], now_s)
+        self.operations.restore(view)
         self.term, self.epoch = max(self.term, view.term + 1), max(self.epoch, view.epoch)
         self._tables = None
 
@@ -132,20 +153,25 @@ class Membership:
             return [Send(sender, Unknown(self.term))]
         if lease.loads and self._popularity is not None:
             self._popularity.add(lease.loads, now_s)
-        was, acknowledged = record.info.state, record.acknowledged
+        was, acknowledged, suspected = record.info.state, record.acknowledged, set(record.suspects)
         record.renew(sender, lease, self.rules.lease_s, now_s)
         self._dirty |= acknowledged != lease.epoch
         if was != lease.state:
-            self._state_changed(record, was)
+            self._state_changed(record, was, now_s)
+        for server_id in suspected ^ set(record.suspects):
+            around = server_id in record.suspects
+            text = f"{lease.server_id} routes {'around it' if around else 'to it again'}"
+            self._event("failure.suspected" if around else "failure.over", server_id, text, now_s)
         behind = self.view is not None and (lease.term, lease.epoch) < (self.view.term, self.view.epoch)
         if behind and now_s - record.view_sent_s >= RESEND_S:
             record.view_sent_s = now_s
             return [Send(sender, self.view)]
         return []
 
-    def _state_changed(self, record: Record, was: str) -> None:
+    def _state_changed(self, record: Record, was: str, now_s: float) -> None:
         info = record.info
         self._dirty = True
+        self._event(f"member.{info.state.lower()}", info.server_id, f"was {was}", now_s)
         logger.info("%s %s: %s → %s", info.kind, info.server_id, was, info.state)
         if info.kind == "expert-server" and self.placement is not None:
             self.placement.put(info.server_id, info.zone, info.capacity, info.state, None)
@@ -166,7 +192,8 @@ class Membership:
             self._bury(record, f"refused: {reason}", proven=False, now_s=now_s)
             return [Send(sender, Refused(f"{message.server_id}: {reason}", fatal=True))]
         record.info = replace(record.info, experts=int(held.sum()))
-        self.placement.hold(message.server_id, held)
+        new = self.placement.hold(message.server_id, held)
+        self.operations.loaded(new * record.expert_bytes)
         return []
 
     def _unpack(self, held: bytes) -> Any:
@@ -183,10 +210,23 @@ class Membership:
 
     def _proven_exit(self, sender: bytes, proof: ProvenExit, now_s: float) -> list[Action]:
         record = self.roster.records.get(proof.server_id)
+        self.operations.died(proof.server_id)
         if record is not None and record.alive and record.info.pid == proof.pid:  # else: an older incarnation's
             self._bury(record, f"it exited with {proof.exit_code}", proven=True, now_s=now_s)
         self._recovery.proven_exit(proof.server_id, proof.pid, now_s)
         return []
+
+    def _operate(self, sender: bytes, ask: Operate, now_s: float) -> list[Action]:
+        answer = self.operations.ask(ask, self._facts(), now_s + self._epoch_s)
+        if answer.code != "accepted":
+            self._event(
+                "operation.refused", ask.id, f"{ask.action} {ask.target or ask.process_kind}: {answer.reason}", now_s
+            )
+        return [Send(sender, answer)]
+
+    def _facts(self) -> ClusterFacts:
+        survivable = -1 if self.view is None else self.view.failures_survivable
+        return ClusterFacts(self.own, self.roster, self.placement, survivable, self.operations.deaths)
 
     def probe_result(self, server_id: str, incarnation: int, answer: str, now_s: float) -> list[Action]:
         """`answer` to a `Probe`: "answered", "refused" (nobody listens: a proof) or "silent" (agrees with a router)."""
@@ -199,6 +239,7 @@ class Membership:
 
     def _bury(self, record: Record, reason: str, *, proven: bool, now_s: float) -> None:
         keep_share = self.roster.bury(record, reason, proven=proven, now_s=now_s)
+        self._event("member.offline", record.info.server_id, reason, now_s)
         self._dirty = True
         if record.info.kind == "expert-server" and self.placement is not None:
             self.placement.lose(record.info.server_id, keep_share=keep_share)
@@ -222,15 +263,22 @@ class Membership:
                 self.placement.lose(server_id, keep_share=False)
         self._dirty |= self.roster.forget(now_s) or verdict.doubtful != self._doubtful
         self._doubtful = verdict.doubtful
+        actions: list[Action] = [*verdict.probes]
         waiting = self.placement is not None and self.placement.plan is None
-        if not self._dirty and not waiting:
-            return [*verdict.probes]
-        self._dirty = False
-        self._plan(now_s)
-        return [*verdict.probes, *self._publish(now_s)]
+        if self._dirty or waiting:
+            self._plan(now_s)
+            actions += self._publish(now_s)
+        # After publishing: operations go by what is true now. What they decide is published at the next tick.
+        self.operations.advance(self._facts(), now_s + self._epoch_s)
+        self._dirty = self.operations.unpublished
+        return actions
 
     def _plan(self, now_s: float) -> None:
-        if self.placement is None or (self.placement.plan is None and not self._settled(now_s)):
+        if self.placement is None:
+            return
+        if self.placement.plan is None and not self._first_plan.due(
+            len(list(self.roster.alive("expert-server"))), now_s
+        ):
             return
         assert self._popularity is not None
         self.placement.popularity = self._popularity.tokens(now_s)
@@ -239,14 +287,6 @@ class Membership:
             self.placement.replan()
         self.placement.doubtful = self._doubtful
         self.placement.assign_orphans()
-
-    def _settled(self, now_s: float) -> bool:
-        """Whether enough expert servers are here for the first plan."""
-        present = len(list(self.roster.alive("expert-server")))
-        if self.rules.expert_servers:
-            late = now_s - self._first_server_s >= self.rules.settle_s
-            return present >= self.rules.expert_servers or (present > 0 and late)
-        return present > 0 and now_s - self._last_server_s >= SETTLE_UNKNOWN_S
 
     def _recover(self, now_s: float) -> None:
         """Go on from the newest view that members brought; those of it who are not back are dead."""
@@ -262,6 +302,7 @@ class Membership:
             self._bury(record, "it exited" if proven else "it is not back", proven=proven, now_s=exited_s or now_s)
         self.placement.restore(view)
         self._replan = self._dirty = True
+        self._event("coordinator.took_over", self.own.server_id, f"at epoch {view.epoch}", now_s)
         logger.info(
             "took over at epoch %d of term %d with %d members", view.epoch, view.term, len(list(self.roster.alive()))
         )
@@ -273,11 +314,14 @@ class Membership:
             tables = self.placement.tables(acknowledged)
         members = [self.own, *self.roster.infos()]
         unchanged = tables is None if self._tables is None else tables is not None and tables.same_as(self._tables)
+        unchanged = unchanged and not self.operations.unpublished
         if self.view is not None and unchanged and members == self.view.members and self.view.term == self.term:
             return []
         self.epoch += 1
-        self.view = make_view(self.term, self.epoch, members, tables, self.rules.replication)
+        before, operations = self.view, self.operations.to_publish(self.epoch)
+        self.view = make_view(self.term, self.epoch, members, tables, self.rules.replication, operations)
         self._tables = tables
+        self.timeline.published(before, self.view, now_s + self._epoch_s)
         if tables is not None and self.placement is not None:
             self.placement.published(tables, self.epoch)
         logger.info(
@@ -288,3 +332,6 @@ class Membership:
         for record in self.roster.alive():
             record.view_sent_s = now_s
         return [Send(r.identity, self.view) for r in self.roster.alive()]
+
+    def _event(self, type: str, subject: str, text: str, now_s: float) -> None:
+        self.timeline.add(type, subject, text, at=now_s + self._epoch_s, epoch=self.epoch)

@@ -65,9 +65,11 @@ class Placement:
         if held is not None:
             server.held = held
 
-    def hold(self, server_id: str, held: Pairs) -> None:
-        """A server reports what it holds."""
-        self.servers[server_id].held = held
+    def hold(self, server_id: str, held: Pairs) -> int:
+        """A server reports what it holds; how many experts of it are new."""
+        server = self.servers[server_id]
+        new, server.held = int((held & ~server.held).sum()), held
+        return new
 
     def lose(self, server_id: str, *, keep_share: bool) -> None:
         """A server died. With `keep_share` the plan goes on to count on it."""
@@ -129,6 +131,27 @@ class Placement:
         if any(self._share(m.server_id) > m.capacity for m in able):
             # Memory is so short that redundant copies must go: the dead ones' shares are not kept.
             self.plan = self._plan([m for m in self._members() if not self.servers[m.server_id].gone])
+
+    def planned_survivable(self) -> int:
+        """The failures of expert servers that are survived once the plan is carried out; -1 without a plan."""
+        return -1 if self.plan is None else self._survivable(self.plan)
+
+    def refusal_without(self, leaving: AbstractSet[str], floor: int) -> str | None:
+        """Why these servers cannot be spared, if `floor` failures have to be survived without them."""
+        staying = [m for m in self._members() if m.server_id not in leaving and m.state != "DRAINING"]
+        emptied = all(self.servers[i].state == "DRAINING" for i in leaving if i in self.servers)
+        plan = self.plan if emptied else self._plan(staying)  # a draining server has no part in the plan already
+        survivable = -1 if plan is None else self._survivable(plan)
+        if survivable >= floor:
+            return None
+        who = ", ".join(sorted(leaving & self.servers.keys()))
+        others = f"the other {len(staying)} expert servers"
+        if survivable < 0:
+            return f"without {who}, {others} have no room for every expert"
+        return f"without {who}, {others} would survive {survivable} failures, not the {floor} promised"
+
+    def _survivable(self, plan: ring.Plan) -> int:
+        return ring.failures_survivable(plan.replicas, plan.servers, {i: s.zone for i, s in self.servers.items()})
 
     def _share(self, server_id: str) -> int:
         planned = self._none() if self.plan is None else self.plan.mask_of(server_id)

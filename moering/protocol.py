@@ -14,6 +14,7 @@ Who speaks what (the connecting side is written first)::
     gateway       → router         Hello, Submit, Abort           ← Welcome, Refused, Tokens, Failed, RouterStats
     router        → expert server  Hello, Dispatch                ← Welcome, Refused, Reply, NotHere, Failed
     any member    → coordinator    Register, Lease, Held, Leave   ← Registered, Refused, Unknown, View
+    gateway       → coordinator    Operate                        ← OperateAnswer, Events
     launcher      → coordinator    ProvenExit
 """
 
@@ -240,7 +241,7 @@ class RouterStats:
 class MemberInfo:
     """One process as all others see it."""
 
-    kind: str  # "gateway" | "router" | "expert-server" | "coordinator"
+    kind: str  # "gateway" | "router" | "expert-server" | "launcher" | "coordinator"
     server_id: str  # stable over restarts
     incarnation: int  # new at every start
     address: str  # where peers connect, "" where nobody does
@@ -249,6 +250,34 @@ class MemberInfo:
     zone: str
     capacity: int  # expert replicas that fit in its memory; 0 for other kinds
     experts: int  # replicas it holds now
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A change of the cluster that somebody asked for, as far as it has come. Times are in seconds since 1970.
+
+    What members do about it, for as long as it is listed: the launcher starts `start`, ends `stop`, and does not start
+    again what is in `retire`; a process whose id and incarnation are in `drain` hands over its work and exits.
+    """
+
+    id: str
+    action: str  # "scale" | "drain" | "restart"
+    kind: str  # of the processes; "" for a restart of all kinds
+    count: int  # scale: how many are wanted
+    phase: str  # "starting" | "preparing" | "draining" | "restarting" | "rolling back" | "done" | "failed"
+    error: str  # why it is rolled back, or failed
+    started_at: float
+    deadline_at: float
+    ended_at: float = 0.0  # 0 while it is under way
+    moved_bytes: int = 0  # of experts loaded since it began
+    epoch: int = 0  # that first showed this phase; 0: not published yet
+    floor: int = 0  # failures of expert servers that the cluster must go on to survive
+    start: dict[str, str] = dataclasses.field(default_factory=dict)  # server id → kind
+    stop: list[str] = dataclasses.field(default_factory=list)
+    retire: list[str] = dataclasses.field(default_factory=list)
+    drain: dict[str, int] = dataclasses.field(default_factory=dict)  # server id → incarnation
+    pending: dict[str, int] = dataclasses.field(default_factory=dict)  # restart: who is still to be restarted
+    surge: str = ""  # restart: who was started to stand in for the one of its kind that restarts
 
 
 @_message("view")
@@ -274,6 +303,7 @@ class View:
     orphans: int  # experts without a live replica
     under_target: int  # experts with fewer live replicas than wanted
     failures_restorable: int = -1  # further failures after which memory allows full redundancy again; -1: not even now
+    operations: list[Operation] = dataclasses.field(default_factory=list)  # the last ones, the newest at the end
 
 
 @_message("register")
@@ -292,6 +322,7 @@ class Register:
     fingerprint: str  # numerics probe of an expert server, "" for others
     held: bytes
     view: bytes | None
+    expert_bytes: int = 0  # of one expert in the checkpoint
 
 
 @_message("registered")
@@ -351,6 +382,48 @@ class Leave:
     incarnation: int
 
 
+@_message("operate")
+@dataclass(frozen=True, slots=True)
+class Operate:
+    """Somebody asks for an operation. `id` is the asker's, so that asking twice starts one."""
+
+    id: str
+    action: str  # "scale" | "drain" | "restart" | "cancel"
+    process_kind: str = ""  # scale, restart
+    count: int = 0  # scale
+    target: str = ""  # drain, restart: a server id
+    deadline_s: float = 0.0  # 0: the coordinator's default
+
+
+@_message("operate_answer")
+@dataclass(frozen=True, slots=True)
+class OperateAnswer:
+    """What became of an `Operate`. Views then show how far the operation is."""
+
+    id: str
+    code: str  # "accepted" | "bad_request" | "not_found" | "busy" | "refused"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to the cluster. `id` is the time of it in microseconds since 1970, and unique."""
+
+    id: int
+    type: str  # for example "member.offline", "plan.published", "operation.done"
+    subject: str  # a server id, an operation's id, or ""
+    epoch: int
+    text: str
+
+
+@_message("events")
+@dataclass(frozen=True, slots=True)
+class Events:
+    """The next events of the timeline, for gateways to show."""
+
+    events: list[Event]
+
+
 @_message("proven_exit")
 @dataclass(frozen=True, slots=True)
 class ProvenExit:
@@ -364,6 +437,7 @@ class ProvenExit:
 Message = (
     Hello | Welcome | Refused | Failed | Dispatch | Reply | NotHere | Submit | Abort | Tokens
     | RouterStats | View | Register | Registered | Unknown | Lease | Held | Leave | ProvenExit
+    | Operate | OperateAnswer | Events
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ class Record:
     grace_until_s: float | None = None
     probed_s: float = float("-inf")
     silent: bool = False  # the coordinator's own probe got no answer
+    expert_bytes: int = 0  # of one expert
 
     @property
     def alive(self) -> bool:

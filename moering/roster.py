@@ -67,6 +67,7 @@ class Roster:
         info = record.info
         record.info, record.died_s = replace(info, state="OFFLINE", experts=0), now_s
         grace = proven and info.kind == "expert-server" and self._rules.rejoin_grace_s > 0
+        grace = grace and info.state != "DRAINING"  # that one is not awaited
         record.grace_until_s = now_s + self._rules.rejoin_grace_s if grace else None
         decision = f"its share waits {self._rules.rejoin_grace_s:g} s for it" if grace else "going on without it"
         logger.warning("%s %s (pid %d) is OFFLINE: %s; %s", info.kind, info.server_id, info.pid, reason, decision)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moering.protocol import MemberInfo, View
+from moering.protocol import MemberInfo, Operation, View
 
 Pairs = npt.NDArray[np.bool_]
 Replicas = npt.NDArray[np.int16]
@@ -66,13 +66,20 @@ def widen(rows: Replicas, width: int) -> Replicas:
     return np.pad(rows, ((0, 0), (0, 0), (0, width - rows.shape[2])), constant_values=-1)
 
 
-def make_view(term: int, epoch: int, members: list[MemberInfo], tables: Tables | None, replication: int) -> View:
+def make_view(
+    term: int,
+    epoch: int,
+    members: list[MemberInfo],
+    tables: Tables | None,
+    replication: int,
+    operations: list[Operation],
+) -> View:
     """The message that tells members all this; without `tables` there is no plan yet."""
     if tables is None:
-        return View(term, epoch, members, [], 0, 0, 0, b"", b"", replication, -1, 0, 0)
+        return View(term, epoch, members, [], 0, 0, 0, b"", b"", replication, -1, 0, 0, operations=operations)
     layers, experts, width = tables.routing.shape
     return View(
         term, epoch, members, list(tables.servers), layers, experts, width, tables.routing.astype("<i2").tobytes(),
         tables.target.astype("<i2").tobytes(), replication, tables.failures_survivable, tables.orphans,
-        tables.under_target, failures_restorable=tables.failures_restorable,
+        tables.under_target, failures_restorable=tables.failures_restorable, operations=operations,
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Operations: scaling, draining and restarting, decided by the coordinator, carried out by launchers and processes."""
