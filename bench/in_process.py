@@ -6,6 +6,7 @@ with the same engine; only the exchange is another one. No coordinator is needed
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -30,16 +31,19 @@ NONE = np.empty(0, np.int64)
 class LocalExchange:
     """Computes at once what `router.exchange.Exchange` would send away."""
 
-    def __init__(self, experts: LocalExperts, threads: int) -> None:
+    def __init__(self, experts: LocalExperts | None, threads: int) -> None:
+        """Without `experts` the decoder has computed them."""
         self.dispatcher = Dispatcher()  # for its counters, all zero
         self.changed = False
+        self.due_s = math.inf  # nothing is waited for
         self._experts, self._threads = experts, threads
         self._finished: list[Finished] = []
 
     def submit(self, flight: Flight, slots: np.ndarray | None = None) -> None:
         """Compute the experts of the flight's layer."""
-        torch.set_num_threads(self._threads)
-        self._experts.run(flight.micro_batch)
+        if self._experts is not None:
+            torch.set_num_threads(self._threads)
+            self._experts.run(flight.micro_batch)
         self._finished.append(Finished(flight, NONE, NONE))
 
     def take_finished(self) -> list[Finished]:
@@ -49,6 +53,9 @@ class LocalExchange:
 
     def handle(self, ready: list[tuple[Any, int]]) -> None:
         """There is nobody to hear from."""
+
+    def tick(self) -> None:
+        """Nothing is ever late."""
 
     def connect_missing(self) -> None:
         """There is nobody to connect to."""
@@ -73,16 +80,25 @@ def run(config: Config) -> int:
     socket = transport.make_socket(zmq.ROUTER, queue_messages=100_000)
     transport.bind(socket, config.bind)
     poller = BusyPoller()
-    exchange = LocalExchange(LocalExperts(checkpoint), config.threads)
+    exchange = LocalExchange(LocalExperts(checkpoint) if config.device == "cpu" else None, config.threads)
     frontend = Frontend(
         socket, config.server_id, incarnation(), config.max_num_seqs, checkpoint.path.name, checkpoint.digest
     )  # fmt: skip
-    engine = build_engine(config, checkpoint, exchange, frontend, poller)  # type: ignore[arg-type]
+    decoder = _decoder_class(config.device)
+    engine = build_engine(config, checkpoint, exchange, frontend, poller, decoder)  # type: ignore[arg-type]
     poller.busy = staticmethod(lambda: bool(exchange._finished))  # type: ignore[method-assign]
     install_signal_handlers(engine.stop)
     print(f"listening on {config.bind}", flush=True)
     engine.run()
     return 0
+
+
+def _decoder_class(device: str) -> type | None:
+    if device == "cpu":
+        return None
+    from bench.in_process_cuda import WholeDecoder
+
+    return WholeDecoder
 
 
 if __name__ == "__main__":

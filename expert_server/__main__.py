@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import zmq
 
@@ -89,10 +89,10 @@ class ExpertServer:
 
     def _prepare(self) -> None:
         """Import torch and prove that this process computes rows as it should."""
-        from expert_server.backend import CpuBackend
-        from kernels.linear import Backend
+        from expert_server.backend import make_backend
 
-        self._backend = CpuBackend(cast(Backend, self.config.backend), self.config.threads)
+        c = self.config
+        self._backend = make_backend(c.device, c.backend, c.threads, self.checkpoint, c.capacity)
         self._fingerprint = self._backend.fingerprint
         cp = self.checkpoint
         shape = (cp.num_layers, cp.num_experts, cp.hidden_size)
@@ -135,8 +135,12 @@ class ExpertServer:
     def _member(self) -> MemberInfo:
         return MemberInfo(
             "expert-server", self.id, self.incarnation, self.address, os.getpid(), self.state, self.config.zone,
-            self.config.capacity or default_capacity(self.checkpoint.expert_bytes), len(self.residency.keys()),
+            self._capacity(), len(self.residency.keys()),
         )  # fmt: skip
+
+    def _capacity(self) -> int:
+        """Experts that fit; known once the backend is there, as a GPU may have less room than was asked for."""
+        return self._backend.capacity or self.config.capacity or default_capacity(self.checkpoint.expert_bytes)
 
     def _lease(self) -> Lease:
         view = self.view

@@ -1,42 +1,50 @@
-"""From checkpoint bytes to loaded experts, and from received rows to the grouped kernel. Imports torch."""
+"""Where and how a server computes its experts: what the service needs of a backend, and which one a device gets."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 
-from kernels.expert_ffn import ExpertFFN, grouped_expert_ffn, numerics_fingerprint
-from kernels.linear import Backend
-from kernels.tensors import as_tensor
-from moering.checkpoint import ExpertWeights
+from moering.checkpoint import Checkpoint, ExpertWeights
 
 
-class CpuBackend:
-    """Experts on the CPU."""
-
-    def __init__(self, arithmetic: Backend, threads: int) -> None:
-        """`arithmetic`: auto, packed or portable (see `kernels.linear`)."""
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
-        self._arithmetic = arithmetic
+class Backend(Protocol):
+    """Loads experts and computes them. `load` runs on the loading thread while `compute` runs on another."""
 
     @property
     def fingerprint(self) -> str:
         """The numerics probe: equal in all processes whose rows have equal bits."""
-        return numerics_fingerprint(self._arithmetic)
+        ...
 
-    def load(self, weights: ExpertWeights) -> ExpertFFN:
-        """One expert, packed; the checkpoint's bytes are not kept."""
-        raw = (weights.gate_proj, weights.up_proj, weights.down_proj)
-        gate, up, down = (as_tensor(t.dtype, t.shape, t.data) for t in raw)
-        return ExpertFFN(gate, up, down, self._arithmetic)
+    @property
+    def capacity(self) -> int:
+        """Experts that it has room for; 0 where only the process's memory limits them."""
+        ...
+
+    def load(self, weights: ExpertWeights) -> Any:
+        """One expert, ready to compute; it is given back when nobody refers to it any more."""
+        ...
 
     def compute(
         self, hidden: np.ndarray, rows: np.ndarray, counts: list[int], experts: list[Any], out: np.ndarray
     ) -> None:
-        """`out[i]` = expert of pair i applied to `hidden[rows[i]]`; pairs are sorted by expert, `counts` of each."""
-        grouped_expert_ffn(
-            torch.from_numpy(hidden), torch.from_numpy(rows), counts, experts, torch.from_numpy(out)
-        )  # fmt: skip
+        """`out[i]` = expert of pair i applied to `hidden[rows[i]]`; pairs are sorted by expert, `counts` of each.
+
+        `hidden` and `out` are float32 [n, hidden size] and [pairs, hidden size].
+        """
+        ...
+
+
+def make_backend(device: str, arithmetic: str, threads: int, checkpoint: Checkpoint, capacity: int) -> Backend:
+    """The backend of `device`, "cpu" or "cuda"; imports torch. `capacity`: experts, 0 to go by the memory at hand.
+
+    Raises `ConfigError` where the device is not there or has no room for an expert.
+    """
+    if device == "cpu":
+        from expert_server.backend_cpu import CpuBackend
+
+        return CpuBackend(arithmetic, threads)  # type: ignore[arg-type]
+    from expert_server.backend_cuda import CudaBackend
+
+    return CudaBackend(checkpoint.hidden_size, checkpoint.moe_intermediate_size, capacity)

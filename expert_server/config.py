@@ -21,6 +21,7 @@ class Config:
     id: str = option("", "name that stays over restarts; default: expert- and the host name")
     zone: str = option("", "failure domain: replicas of an expert are spread over zones first")
     threads: int = option(1, "threads of one product")
+    device: str = option("cpu", "where experts are held and computed", choices=("cpu", "cuda"))
     capacity: int = option(0, "experts that fit in memory; 0: what fits in 80 % of the memory that is free at start")
     backend: str = option("auto", "CPU arithmetic", choices=("auto", "packed", "portable"))
     credit_rows: int = option(4096, "rows that one router may have outstanding here")

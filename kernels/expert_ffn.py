@@ -61,16 +61,16 @@ def grouped_expert_ffn(
 def numerics_fingerprint(backend: Backend = "auto") -> str:
     """Hash of a fixed expert's output at 1, 2, 5 and 64 rows: equal where results can replace each other bit by bit."""
     hidden, inter = 576, 800  # sums long enough that two ways of splitting them differ
-    gate, up, down = (_fixed_values(i, (inter, hidden)) for i in range(3))
+    gate, up, down = (fixed_values(i, (inter, hidden)) for i in range(3))
     expert = ExpertFFN(gate.half(), up.half(), down.T.half(), backend)
-    x = _fixed_values(3, (max(PROBE_ROWS), hidden)) * 16
+    x = fixed_values(3, (max(PROBE_ROWS), hidden)) * 16
     digest = hashlib.blake2b(digest_size=16)
     for rows in PROBE_ROWS:
         digest.update(expert(x[:rows]).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _fixed_values(stream: int, shape: tuple[int, int]) -> torch.Tensor:
+def fixed_values(stream: int, shape: tuple[int, int]) -> torch.Tensor:
     """Values in [-1/16, 1/16) that no random generator's version can change."""
     index = torch.arange(shape[0] * shape[1], dtype=torch.int64) + stream * 1_000_003
     mixed = (index * 2654435761 % 2**32) * 40503 % 65521

@@ -1,4 +1,4 @@
-"""Sum of a token's expert rows in top-k order, as the router does it."""
+"""Sum of a token's expert rows in top-k order, as the router does it; into a new tensor or onto the residual stream."""
 
 from __future__ import annotations
 
@@ -58,3 +58,33 @@ def combine(
         **options,
     )
     return out
+
+
+@triton.jit
+def _add_combined_kernel(
+    residual_ptr, pair_rows_ptr, weights_ptr, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < hidden
+    total = tl.load(residual_ptr + row * hidden + column, mask=mask, other=0.0)
+    for slot in tl.static_range(TOP_K):
+        pair = row * TOP_K + slot
+        value = tl.load(pair_rows_ptr + pair * hidden + column, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(weights_ptr + pair) * value
+    tl.store(residual_ptr + row * hidden + column, total, mask=mask)
+
+
+def add_combined(residual: torch.Tensor, pair_rows: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    """residual[n] += topk_weights[n, j] * pair_rows[n * top_k + j], for rising j, multiplied, then added, in float32.
+
+    residual: [rows, hidden] float32; pair_rows: [rows * top_k, hidden] of any float dtype; topk_weights: [rows, top_k].
+    """
+    rows, top_k = topk_weights.shape
+    hidden = residual.shape[1]
+    if pair_rows.shape != (rows * top_k, hidden) or not (pair_rows.is_contiguous() and residual.is_contiguous()):
+        raise ValueError(f"contiguous [{rows * top_k}, {hidden}] pair rows wanted, got {tuple(pair_rows.shape)}")
+    block = 512
+    _add_combined_kernel[(rows, triton.cdiv(hidden, block))](
+        residual, pair_rows, topk_weights, hidden, TOP_K=top_k, BLOCK=block, enable_fp_fusion=False
+    )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -123,6 +124,24 @@ class Grouping:
     def max_tiles(self) -> int:
         """Upper bound of num_tiles, known without reading the device."""
         return self.tiles.shape[0]
+
+
+def list_tiles(counts: np.ndarray, experts: np.ndarray, block_m: int) -> np.ndarray:
+    """The tiles of pairs that are sorted by expert already, made on the host: int32 [tiles, TILE_FIELDS].
+
+    `counts` pairs belong to each of `experts`, the rows of the weights' first dimension; both [n] with counts > 0.
+    """
+    tiles = -(-counts // block_m)
+    which = np.repeat(np.arange(len(counts)), tiles)
+    first = np.cumsum(tiles) - tiles
+    part = np.arange(len(which)) - first[which]
+    entries = np.zeros((len(which), TILE_FIELDS.value), np.int32)
+    entries[:, 0] = experts[which]
+    entries[:, 1] = (np.cumsum(counts) - counts)[which] + part * block_m
+    entries[:, 2] = np.minimum(counts[which] - part * block_m, block_m)
+    entries[:, 3] = first[which]
+    entries[:, 4] = tiles[which]
+    return entries
 
 
 class PairGrouper:

@@ -15,18 +15,18 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import zmq
-
-from moering import protocol, transport
 from moering.checkpoint import Checkpoint
 from moering.config import option
 from moering.errors import ConfigError
+from moering.exit_reports import ExitReports
 from moering.http_client import HttpError, get_json, request
+from moering.leader import EMBEDDED, MEMBERSHIP_HELP, Finder, etcd_cluster, finder
 from moering.process import command_line, run_main
+from moering.protocol import ProvenExit
 from moering.status import coverage, fetch
 from moering.supervisor import Command, Exit, Policy, Supervisor
 
@@ -46,6 +46,10 @@ class Config:
     replication: int = option(2, "replicas of each expert")
     zones: tuple[str, ...] = option((), "failure domains, as a,b: expert servers are put into them in turn")
     routers: int = option(1, "number of routers")
+    membership: str = option(EMBEDDED, MEMBERSHIP_HELP)
+    machine: str = option("", "with etcd: what all ids of this machine begin with (default: its host name)")
+    listen: str = option("", "address where the cluster's other machines reach this one (default: Unix sockets only)")
+    insecure: bool = option(False, "allow --listen on an address that other machines reach, without encryption")
     host: str = option("127.0.0.1", "address of the HTTP port")
     port: int = option(8000, "HTTP port")
     served_model_name: str = option("", "name in the API; `default` or the directory's name where not given")
@@ -60,7 +64,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.expert_servers < 1 or self.routers < 1:
             raise ConfigError("at least one expert server and one router are needed")
-        if not 1 <= self.replication <= self.expert_servers:
+        if not 1 <= self.replication <= self.expert_servers and self.membership == EMBEDDED:
             raise ConfigError(f"replication {self.replication} is not in 1..{self.expert_servers} (--expert-servers)")
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"port {self.port} is not in 1..65535")
@@ -68,6 +72,13 @@ class Config:
     def zone_flags(self, expert_server: int) -> list[str]:
         """Which failure domain an expert server belongs to, counted from 0."""
         return ["--zone", self.zones[expert_server % len(self.zones)]] if self.zones else []
+
+    @property
+    def prefix(self) -> str:
+        """What the ids of this machine's processes begin with."""
+        if self.membership == EMBEDDED:
+            return ""
+        return f"{self.machine or socket.gethostname()}-"
 
     @property
     def url(self) -> str:
@@ -82,25 +93,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def commands(config: Config, checkpoint: Path, run_directory: Path) -> list[Command]:
-    """The processes to run. Sockets lie in `run_directory`, a new one for each start, so that no process is taken for
-    the one before it; only the coordinator keeps its address, where its members look for it again."""
-    join = coordinator_address(run_directory)
+    """The processes to run. Each start has a socket of its own, so that no process is taken for the one before it; only
+    a single coordinator keeps its address, where its members look for it again."""
+    elected = config.membership != EMBEDDED
+    join = ["--membership", config.membership] if elected else ["--join", coordinator_address(run_directory)]
     read = ["--checkpoint", str(checkpoint)]
 
-    def member(kind: str, server_id: str, flags: Sequence[str], extra: str) -> Command:
+    def bind(server_id: str, start: int) -> list[str]:
+        if not config.listen:
+            return ["--bind", f"ipc://{run_directory}/{server_id}.{start}"]
+        return ["--bind", f"tcp://{config.listen}:*", *(["--insecure"] if config.insecure else [])]
+
+    def member(kind: str, name: str, flags: Sequence[str], extra: str) -> Command:
+        server_id = config.prefix + name
+
         def argv(start: int) -> list[str]:
-            bind = [] if kind == "gateway" else ["--bind", f"ipc://{run_directory}/{server_id}.{start}"]
-            return [*command_line(kind), *read, "--join", join, "--id", server_id, *bind, *flags, *shlex.split(extra)]
+            at = [] if kind == "gateway" else bind(server_id, start)
+            return [*command_line(kind), *read, *join, "--id", server_id, *at, *flags, *shlex.split(extra)]
 
         return Command(server_id, kind, argv)
 
-    size = ["--expert-servers", str(config.expert_servers), "--replication", str(config.replication)]
-    size += ["--rejoin-grace-s", str(config.rejoin_grace_s)]
-    coordinator = [*command_line("coordinator"), "--bind", join, *size, *shlex.split(config.coordinator_args)]
+    def coordinator(start: int) -> list[str]:
+        own = [*bind("coordinator", start), *join, "--id", config.prefix + "coordinator"]
+        own = own if elected else ["--bind", join[1]]
+        size = ["--expert-servers", str(config.expert_servers), "--replication", str(config.replication)]
+        size += ["--rejoin-grace-s", str(config.rejoin_grace_s)]
+        return [*command_line("coordinator"), *own, *size, *shlex.split(config.coordinator_args)]
+
     name = config.served_model_name or ("default" if config.model == "default" else checkpoint.name)
     http = ["--host", config.host, "--port", str(config.port), "--served-model-name", name]
     return [
-        Command("coordinator", "coordinator", lambda _: coordinator),
+        Command(config.prefix + "coordinator", "coordinator", coordinator),
         *(
             member("expert-server", f"expert-{i}", config.zone_flags(i), config.expert_server_args)
             for i in range(config.expert_servers)
@@ -111,25 +134,25 @@ def commands(config: Config, checkpoint: Path, run_directory: Path) -> list[Comm
 
 
 def coordinator_address(run_directory: Path) -> str:
-    """Where the coordinator is reached, now and after a restart."""
+    """Where a single coordinator is reached, now and after a restart."""
     return f"ipc://{run_directory}/coordinator"
 
 
 def serve(config: Config, processes: Sequence[Command], coordinator: str) -> int:
     """Run `processes` until SIGTERM or SIGINT; a second one kills them. Returns the exit status; raises `StartFailed`.
 
-    The proven exits go to the coordinator at address `coordinator`.
+    The proven exits go to the elected coordinator, or to the single one at address `coordinator`.
     """
     return asyncio.run(_serve(config, processes, coordinator))
 
 
 async def _serve(config: Config, processes: Sequence[Command], coordinator: str) -> int:
     policy = Policy(max_delay_s=config.max_restart_delay_s, stop_s=config.drain_timeout_s)
-    with transport.make_socket(zmq.DEALER, reconnect=True) as to_coordinator:
-        transport.connect(to_coordinator, coordinator)
-        supervisor = Supervisor(processes, STOP_ORDER, _report_to(to_coordinator), policy)
+    loop = asyncio.get_running_loop()
+    with _reports(finder(coordinator, config.membership), loop) as report:
+        supervisor = Supervisor(processes, STOP_ORDER, report, policy)
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
+            loop.add_signal_handler(number, supervisor.stop)
         announcing = asyncio.create_task(_announce(config, supervisor.mark_ready))
         try:
             await supervisor.run()
@@ -138,13 +161,22 @@ async def _serve(config: Config, processes: Sequence[Command], coordinator: str)
     return 1 if supervisor.killed else 0
 
 
-def _report_to(coordinator: zmq.Socket[bytes]) -> Callable[[Exit], None]:
+@contextlib.contextmanager
+def _reports(coordinator: Finder, loop: asyncio.AbstractEventLoop) -> Iterator[Callable[[Exit], None]]:
+    """What tells the coordinator of the exits of its members."""
+    reports = ExitReports(coordinator)
+
     def report(exit: Exit) -> None:
         if exit.command.kind != "coordinator":
-            proof = protocol.ProvenExit(exit.command.id, exit.pid, exit.code)
-            transport.try_send(coordinator, [protocol.encode(proof)])
+            reports.send(ProvenExit(exit.command.id, exit.pid, exit.code))
 
-    return report
+    reports.follow()
+    coordinator.start(lambda: loop.call_soon_threadsafe(reports.follow))
+    try:
+        yield report
+    finally:
+        coordinator.close()
+        reports.close()
 
 
 async def _announce(config: Config, mark_ready: Callable[[], None]) -> None:
@@ -177,6 +209,7 @@ def _ready_line(url: str) -> str:
 
 
 def _run(config: Config) -> int:
+    etcd_cluster(config.membership)  # a wrong one is one error here and not one of each process
     _check_port_is_free(config)
     os.environ.pop("MOERING_CONFIG", None)  # the keys of that file are the launcher's; its processes would refuse them
     checkpoint = _checkpoint(config.model)

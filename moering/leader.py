@@ -42,7 +42,7 @@ class Finder(Protocol):
         """The newest seat."""
         ...
 
-    def start(self, changed: Callable[[], None]) -> None:
+    def start(self, changed: Callable[[], object]) -> None:
         """Begin to look."""
         ...
 
@@ -74,7 +74,7 @@ class Fixed:
 
     seat: Seat
 
-    def start(self, changed: Callable[[], None]) -> None:
+    def start(self, changed: Callable[[], object]) -> None:
         """Nothing will change."""
 
     def close(self) -> None:
@@ -87,10 +87,10 @@ class LeaderWatch:
     def __init__(self, cluster: Cluster) -> None:
         self.seat: Seat | None = None
         self._cluster = cluster
-        self._changed: Callable[[], None] = lambda: None
+        self._changed: Callable[[], object] = lambda: None
         self._thread = LoopThread("leader-watch", self._follow)
 
-    def start(self, changed: Callable[[], None]) -> None:
+    def start(self, changed: Callable[[], object]) -> None:
         """Begin to look; `changed` is called on a thread of its own."""
         self._changed = changed
         self._thread.start()

@@ -88,34 +88,30 @@ class Router:
 
 
 def build_engine(
-    config: Config, checkpoint: Checkpoint, exchange: Exchange, frontend: Frontend, poller: zmq.Poller
+    config: Config,
+    checkpoint: Checkpoint,
+    exchange: Exchange,
+    frontend: Frontend,
+    poller: zmq.Poller,
+    decoder_class: type | None = None,
 ) -> Engine:
-    """Load the weights and put the engine together. Imports torch."""
-    import torch
-
-    from router.decoder import Decoder
-    from router.kv_cache import BlockManager, KVCache
+    """Load the weights and put the engine together; `decoder_class` stands in for the device's. Imports torch."""
+    from router.device import build_parts, max_length
+    from router.kv_cache import BlockManager
     from router.model_config import MoEModelConfig
     from router.scheduler import Scheduler
     from router.step_cost import StepCost
 
-    torch.set_grad_enabled(False)
-    model = MoEModelConfig.from_checkpoint(checkpoint)
-    shape = (model.num_layers, model.num_kv_heads, model.head_dim)
-    num_blocks = (config.kv_cache_mb << 20) // KVCache.block_bytes(*shape)
-    if num_blocks < 1:
-        raise ConfigError(f"--kv-cache-mb {config.kv_cache_mb} is less than one block of this model")
-    cache = KVCache(*shape, num_blocks)
-    decoder = Decoder(checkpoint, cache, config.backend)  # type: ignore[arg-type]
-    limit = min(config.max_model_len or model.max_positions, model.max_positions)
-    span = max(1, min(num_blocks // LIKELY_STREAMS, -(-limit // cache.block_size)))
+    parts, model = build_parts(config, checkpoint, decoder_class), MoEModelConfig.from_checkpoint(checkpoint)
+    limit = max_length(config, model)
+    span = max(1, min(parts.num_blocks // LIKELY_STREAMS, -(-limit // parts.block_size)))
     scheduler = Scheduler(
-        BlockManager(num_blocks, span), config.max_num_seqs, config.max_num_batched_tokens, cache.block_size, limit,
-        StepCost(), model.vocab_size,
+        BlockManager(parts.num_blocks, span), config.max_num_seqs, config.max_num_batched_tokens, parts.block_size,
+        limit, StepCost(), model.vocab_size,
     )  # fmt: skip
     return Engine(
-        decoder, scheduler, exchange, frontend, poller, threads=config.threads, micro_batches=config.micro_batches,
-        missing_expert_timeout_s=config.missing_expert_timeout_s,
+        parts.decoder, scheduler, exchange, frontend, poller, sampler=parts.sampler, threads=config.threads,
+        micro_batches=config.micro_batches, missing_expert_timeout_s=config.missing_expert_timeout_s,
     )  # fmt: skip
 
 

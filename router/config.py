@@ -21,6 +21,7 @@ class Config:
     id: str = option("", "name that stays over restarts; default: router- and the host name")
     zone: str = option("", "failure domain")
     threads: int = option(2, "threads of a product of many rows")
+    device: str = option("cpu", "where attention is computed and the KV cache lies", choices=("cpu", "cuda"))
     backend: str = option("auto", "CPU arithmetic", choices=("auto", "packed", "portable"))
     max_num_seqs: int = option(64, "sequences that run at once")
     max_num_batched_tokens: int = option(256, "rows of one step")

@@ -22,9 +22,9 @@ from router.kv_cache import KVCache
 from router.micro_batch import MicroBatch
 from router.model_config import MoEModelConfig
 
-_ATTENTION_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_HEAD = "lm_head.weight"
-_HEAD_NORMS = ("q_norm", "k_norm")
+ATTENTION_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+HEAD = "lm_head.weight"
+HEAD_NORMS = ("q_norm", "k_norm")
 
 
 class _Layer:
@@ -32,7 +32,7 @@ class _Layer:
 
     def __init__(self, checkpoint: Checkpoint, config: MoEModelConfig, index: int, backend: Backend) -> None:
         prefix, eps = f"model.layers.{index}", config.rms_norm_eps
-        names = _ATTENTION_WEIGHTS + (_HEAD_NORMS if config.head_norms else ())
+        names = ATTENTION_WEIGHTS + (HEAD_NORMS if config.head_norms else ())
         weights = {name: _load(checkpoint, f"{prefix}.self_attn.{name}.weight") for name in names}
         self.attention = Attention(config, weights, backend)
         self.attention_norm = RMSNorm(_load(checkpoint, f"{prefix}.input_layernorm.weight"), eps)
@@ -59,11 +59,11 @@ class Decoder:
 
     def _head_weight(self, checkpoint: Checkpoint) -> torch.Tensor:
         """The embeddings where the checkpoint ties and stores none; a stored head counts, as in transformers."""
-        if self.config.tied_embeddings and _HEAD not in checkpoint.names():
+        if self.config.tied_embeddings and HEAD not in checkpoint.names():
             return self._embeddings
-        head = _load(checkpoint, _HEAD)
+        head = _load(checkpoint, HEAD)
         if head.shape != self._embeddings.shape:
-            raise CheckpointError(f"{checkpoint.path}: tensor {_HEAD} has shape {list(head.shape)}")
+            raise CheckpointError(f"{checkpoint.path}: tensor {HEAD} has shape {list(head.shape)}")
         return head
 
     def start(self, token_ids: list[int], chunks: Sequence[SequenceChunk]) -> MicroBatch:

@@ -45,13 +45,14 @@ class Engine:
         frontend: Frontend,
         poller: zmq.Poller,
         *,
+        sampler: Sampler,
         threads: int,
         micro_batches: int,
         missing_expert_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._decoder, self._scheduler, self._exchange, self._frontend = decoder, scheduler, exchange, frontend
-        self._sampler = Sampler()
+        self._sampler = sampler
         self._poller, self._clock, self._threads = poller, clock, threads
         self._micro_batches = micro_batches
         self._parking = Parking(exchange, missing_expert_timeout_s, self._fail_missing, self._drop)

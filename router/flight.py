@@ -117,12 +117,9 @@ class Flight:
         part = Flight(self._decoder, [self.items[n] for n in chosen], self._threads, self.started_s)
         starts = self._row_ends - self._lengths
         rows = np.concatenate([np.arange(starts[n], self._row_ends[n]) for n in chosen])
-        index, mine, whole = torch.from_numpy(rows), part.micro_batch, self.micro_batch
-        mine.layer = whole.layer
-        for name in ("residual", "expert_input", "expert_output", "topk_ids", "topk_weights"):
-            setattr(mine, name, getattr(whole, name).index_select(0, index))
+        part.micro_batch.take_rows(self.micro_batch, torch.from_numpy(rows))
         part._rewire()
-        top_k = whole.topk_ids.shape[1]
+        top_k = self.micro_batch.topk_ids.shape[1]
         part.missing = np.searchsorted(rows, missing // top_k) * top_k + missing % top_k
         part.was_parked, part.waits_since_s = True, self.waits_since_s
         part._renormalized = self._renormalized[rows]

@@ -35,3 +35,9 @@ class MicroBatch:
     def rows(self) -> int:
         """Number of rows."""
         return self.token_ids.shape[0]
+
+    def take_rows(self, whole: MicroBatch, rows: torch.Tensor) -> None:
+        """Become these rows (int64) of `whole`, at the same point of the same layer."""
+        self.layer = whole.layer
+        for name in ("residual", "expert_input", "expert_output", "topk_ids", "topk_weights"):
+            setattr(self, name, getattr(whole, name).index_select(0, rows))

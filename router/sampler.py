@@ -72,7 +72,7 @@ def _sample_row(row: NDArray[np.float32], sequence: Sequence) -> Sampled | None:
 def _token(row: NDArray[np.float32], sequence: Sequence) -> int | None:
     sampling = sequence.sampling
     logits: NDArray[np.float32] | Floats = row
-    if _changes_logits(sequence):
+    if changes_logits(sequence):
         logits = row.astype(np.float64)
         _change_logits(logits, sequence)
     best = int(logits.argmax())  # the first NaN, if there is one
@@ -86,7 +86,8 @@ def _token(row: NDArray[np.float32], sequence: Sequence) -> int | None:
     return inverse_cdf(weights, u) if ids is None else int(ids[inverse_cdf(weights[ids], u)])
 
 
-def _changes_logits(sequence: Sequence) -> bool:
+def changes_logits(sequence: Sequence) -> bool:
+    """Whether anything is to be masked, added or penalised before the draw."""
     s = sequence.sampling
     penalizes = (s.repetition_penalty, s.frequency_penalty, s.presence_penalty) != (1, 0, 0)
     return penalizes or bool(s.logit_bias) or len(sequence.output) < s.min_tokens

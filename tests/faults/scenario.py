@@ -13,19 +13,19 @@ STREAMS, TOKENS, FAULT_AT = 8, 160, 40
 class Scenario:
     """A cluster, and what its streams bring when nothing fails."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, streams: int = STREAMS, tokens: int = TOKENS) -> None:
         self.cluster = cluster
-        self._bodies = bodies(STREAMS, TOKENS)
-        self.reference = Streams(cluster.url, self._bodies).finish()
-        assert len({tuple(s.tokens) for s in self.reference}) == STREAMS
-        assert all(len(s.tokens) == len(s.digests) == TOKENS for s in self.reference)
+        self.bodies = bodies(streams, tokens)
+        self.reference = Streams(cluster.url, self.bodies).finish()
+        assert len({tuple(s.tokens) for s in self.reference}) == streams
+        assert all(len(s.tokens) == len(s.digests) == tokens for s in self.reference)
         check_equal(self.reference, self.reference)
         counted = cluster.counters_after(0)
         assert counted["rows_lost"] == counted["tokens_recomputed"] == counted["forwards_dropped"] == 0
 
     def through(self, fault: Callable[[Streams], None]) -> list[Stream]:
         """Run all streams, call `fault` in their middle, and check that nobody can tell by what he got."""
-        streams = Streams(self.cluster.url, self._bodies)
+        streams = Streams(self.cluster.url, self.bodies)
         streams.wait_tokens(FAULT_AT)
         fault(streams)
         seen = streams.finish()

@@ -40,7 +40,7 @@ def wait_for(what: str, condition: Callable[[], Any], within_s: float = DEADLINE
 
 
 class Cluster:
-    """A running cluster of three expert servers, replication 2."""
+    """A running cluster with replication 2, of three expert servers unless `flags` say another number."""
 
     def __init__(
         self,
@@ -53,6 +53,9 @@ class Cluster:
     ) -> None:
         """`program`: the module that is run and its first arguments, where it is not `moering serve` itself."""
         self.checkpoint, self.log = checkpoint, log
+        count = int(flags[flags.index("--expert-servers") + 1]) if "--expert-servers" in flags else len(SERVERS)
+        self.servers = tuple(f"expert-{i}" for i in range(count))
+        self.prefix = flags[flags.index("--machine") + 1] + "-" if "--machine" in flags else ""
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         argv = [sys.executable, "-m", *program, str(checkpoint), "--port", str(port), *flags]
@@ -82,7 +85,7 @@ class Cluster:
         return dict(fetch(self.url))
 
     def process(self, server_id: str) -> dict[str, Any]:
-        return next(p for p in self.status()["processes"] if p["id"] == server_id)
+        return next(p for p in self.status()["processes"] if p["id"] == self.prefix + server_id)
 
     def settled(self) -> bool:
         """All processes serve, requests are accepted and one failure is survived."""
@@ -92,7 +95,9 @@ class Cluster:
         except HttpError:
             return False
         online = {p["id"] for p in status["processes"] if p["state"] == "ONLINE"}
-        return online >= {*SERVERS, "router-0", "gateway-0", "coordinator"} and status["failures_survivable"] == 1
+        kinds = {p["kind"] for p in status["processes"]}
+        own = {self.prefix + i for i in (*self.servers, "router-0", "gateway-0")}
+        return online >= own and "coordinator" in kinds and status["failures_survivable"] == 1
 
     def wait_settled(self) -> None:
         wait_for("all processes serve and one failure is survived", self.settled)

@@ -42,6 +42,7 @@ class Stream:
     digests: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     done_lines: int = 0
+    renormalized: int = 0
     closed: bool = False
     longest_gap_s: float = 0.0
 
@@ -103,6 +104,7 @@ class Streams:
                 for choice in chunk["choices"]:
                     stream.tokens += choice["token_ids"]
                     stream.digests += choice["moering"]["logits_digests"]
+                    stream.renormalized += choice["moering"].get("renormalized_tokens", 0)
                     stream.ends += [choice["finish_reason"]] if choice["finish_reason"] else []
             self._changed.notify_all()
 

@@ -124,6 +124,19 @@ def test_expert_servers_are_put_into_the_zones_in_turn() -> None:
     assert [argv(config, f"expert-{i}")[-2:] for i in range(3)] == [["--zone", z] for z in "aba"]
 
 
+def test_where_coordinators_are_elected_each_machine_has_one_and_ids_of_its_own() -> None:
+    config = Config(membership="etcd://h:1", machine="m", listen="10.0.0.5", insecure=True, expert_servers=1)
+    ids = [c.id for c in commands(config, Path("/models/m"), Path("/run/r"))]
+    assert ids == ["m-coordinator", "m-expert-0", "m-router-0", "m-gateway-0"]
+    bind, elect = ["--bind", "tcp://10.0.0.5:*", "--insecure"], ["--membership", "etcd://h:1"]
+    size = ["--expert-servers", "1", "--replication", "2", "--rejoin-grace-s", "2.0"]
+    assert argv(config, "m-coordinator") == ["moering.coordinator", *bind, *elect, "--id", "m-coordinator", *size]
+    read = ["--checkpoint", "/models/m"]
+    assert argv(config, "m-expert-0") == ["expert_server", *read, *elect, "--id", "m-expert-0", *bind]
+    on_one_machine = Config(membership="etcd://h:1", machine="m")
+    assert argv(on_one_machine, "m-router-0")[-2:] == ["--bind", "ipc:///run/r/m-router-0.0"]
+
+
 def test_only_the_coordinator_keeps_its_address_over_a_restart() -> None:
     config = Config()
     assert argv(config, "expert-1", start=2)[-1] == "ipc:///run/r/expert-1.2"

@@ -10,7 +10,7 @@ from collections import defaultdict
 import numpy as np
 import zmq
 
-from expert_server.backend import CpuBackend
+from expert_server.backend_cpu import CpuBackend
 from expert_server.residency import Residency
 from expert_server.service import Service
 from moering import protocol, transport

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from router.attention_plan import SequenceChunk
 from router.missing import hopeless, leave_out
+from tests.router.decoding import Model, random_tokens
+from tests.router.test_decoder_cuda import CudaModel
+from tests.tiny import write_checkpoint
 
 ROWS, TOP_K, HIDDEN = 37, 4, 8
 
@@ -55,3 +59,25 @@ def test_rows_of_which_nothing_is_left_are_hopeless():
     missing = torch.tensor([4, 8, 9, 10, 11, 20])
     assert hopeless(weights, missing).tolist() == [2, 5]
     assert hopeless(weights, torch.tensor([4, 21])).tolist() == []
+
+
+def logits_without_second_experts(model, tokens):
+    """Logits of all positions but the last; every third row goes on with the first of its experts alone."""
+    slots = torch.arange(1, 2 * len(tokens), 6)
+    mb = model.decoder.start(tokens, [SequenceChunk([0], 0, len(tokens))])
+    for _ in range(model.decoder.config.num_layers):
+        model.decoder.until_experts(mb)
+        model.experts.run(mb)
+        mb.expert_output.view(-1, mb.expert_output.shape[-1])[slots] = float("nan")
+        assert hopeless(mb.topk_weights, slots).tolist() == []
+        leave_out(mb.topk_weights, mb.expert_output, slots)
+        model.decoder.after_experts(mb)
+    return model.decoder.logits(mb, list(range(len(tokens) - 1))).cpu()
+
+
+@torch.inference_mode()
+def test_both_decoders_combine_with_what_is_left(tmp_path):
+    checkpoint, tokens = write_checkpoint(tmp_path, dtype="BF16", experts=4), random_tokens(11, seed=2)
+    cpu, gpu = (logits_without_second_experts(kind.open(checkpoint), tokens) for kind in (Model, CudaModel))
+    whole = Model.open(checkpoint).prefill(tokens, [0])[:-1]
+    assert float((gpu - cpu).norm() / cpu.norm()) < 0.05 < 0.2 < float((whole - cpu).norm() / cpu.norm())

@@ -1,0 +1,49 @@
+"""The decoder of `bench.in_process --device cuda`: experts on the router's own GPU, and a whole step as one graph."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.local_experts_cuda import LocalExperts
+from moering.checkpoint import Checkpoint
+from router.buffers_cuda import Step
+from router.decoder_cuda import Decoder
+from router.kv_cache_cuda import KVCache
+from router.micro_batch_cuda import MicroBatch
+
+
+class WholeDecoder(Decoder):
+    """`until_experts` goes through all layers at once; the engine finds the last one done."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, kv_cache: KVCache, max_rows: int, max_sequences: int, max_model_len: int
+    ) -> None:
+        super().__init__(checkpoint, kv_cache, max_rows, max_sequences, max_model_len)
+        self._experts = LocalExperts(checkpoint, self.device).layers
+        rows = self._limits.rows * self.config.top_k
+        self._outputs = torch.zeros(rows, self.config.hidden_size, dtype=torch.bfloat16, device=self.device)
+
+    def until_experts(self, mb: MicroBatch) -> None:
+        """All layers, and their experts."""
+        step = mb.step
+
+        def body() -> None:
+            for layer in range(self.config.num_layers):
+                self._segment(step, layer)
+                self._run_experts(step, layer)
+
+        if step.padded in self._graph_rows and not step.paged.tiles.shape[0]:
+            self._graphs.run((id(step.buffers), step.padded, step.paged.splits), body)
+        else:
+            body()
+        mb.layer = self.config.num_layers - 1
+
+    def logits(self, mb: MicroBatch, rows: list[int]) -> torch.Tensor:
+        """See `Decoder.logits`; the experts' outputs are in the residual already."""
+        return self._logits(mb.step, rows)
+
+    def _run_experts(self, step: Step, layer: int) -> None:
+        pairs = step.padded * self.config.top_k
+        x, ids = self._scratch.normed[: step.padded], self._scratch.local_ids[: step.padded].view(-1)
+        self._experts[layer].forward(x, ids, top_k=self.config.top_k, out=self._outputs[:pairs])
+        self._add(step, self._outputs[:pairs])

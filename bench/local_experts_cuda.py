@@ -1,0 +1,43 @@
+"""Experts on the router's own GPU: the baseline that the distributed path is compared with."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.tensors import as_tensor
+from kernels.triton_expert_ffn import GroupedExperts
+from moering.checkpoint import Checkpoint
+from router.micro_batch_cuda import MicroBatch
+
+
+class LocalExperts:
+    """All experts of a checkpoint in GPU memory, bf16."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cuda") -> None:
+        self._device = torch.device(device)
+        self.layers = [_load_layer(checkpoint, layer, self._device) for layer in range(checkpoint.num_layers)]
+
+    @torch.inference_mode()
+    def run(self, mb: MicroBatch) -> None:
+        """Fill `mb.expert_output` for the micro-batch's current layer, by way of the host as in a cluster."""
+        rows, top_k, hidden = mb.expert_output.shape
+        x = mb.expert_input.to(self._device, torch.bfloat16)
+        ids = mb.topk_ids.to(self._device, torch.int32).flatten()
+        out = self.layers[mb.layer].forward(x, ids, top_k=top_k)
+        mb.expert_output.copy_(out.view(rows, top_k, hidden))
+
+
+def _load_layer(checkpoint: Checkpoint, layer: int, device: torch.device) -> GroupedExperts:
+    c = checkpoint
+    hidden, inter = c.hidden_size, c.moe_intermediate_size
+    w13 = torch.empty(c.num_experts, 2 * inter, hidden, dtype=torch.bfloat16, device=device)
+    w2 = torch.empty(c.num_experts, hidden, inter, dtype=torch.bfloat16, device=device)
+    for expert in range(c.num_experts):
+        weights = c.expert(layer, expert)
+        for target, raw in (
+            (w13[expert, :inter], weights.gate_proj),
+            (w13[expert, inter:], weights.up_proj),
+            (w2[expert], weights.down_proj),
+        ):
+            target.copy_(as_tensor(raw.dtype, raw.shape, raw.data))
+    return GroupedExperts(w13, w2)

@@ -1,0 +1,47 @@
+"""Experts on the CPU: from checkpoint bytes to packed weights, from received rows to the grouped kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels.expert_ffn import ExpertFFN, grouped_expert_ffn, numerics_fingerprint
+from kernels.linear import Backend
+from kernels.tensors import as_tensor
+from moering.checkpoint import ExpertWeights
+
+
+class CpuBackend:
+    """Experts on the CPU."""
+
+    def __init__(self, arithmetic: Backend, threads: int) -> None:
+        """`arithmetic`: auto, packed or portable (see `kernels.linear`)."""
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self._arithmetic = arithmetic
+
+    @property
+    def fingerprint(self) -> str:
+        """The numerics probe: equal in all processes whose rows have equal bits."""
+        return numerics_fingerprint(self._arithmetic)
+
+    @property
+    def capacity(self) -> int:
+        """No limit but the process's memory."""
+        return 0
+
+    def load(self, weights: ExpertWeights) -> ExpertFFN:
+        """One expert, packed; the checkpoint's bytes are not kept."""
+        raw = (weights.gate_proj, weights.up_proj, weights.down_proj)
+        gate, up, down = (as_tensor(t.dtype, t.shape, t.data) for t in raw)
+        return ExpertFFN(gate, up, down, self._arithmetic)
+
+    def compute(
+        self, hidden: np.ndarray, rows: np.ndarray, counts: list[int], experts: list[Any], out: np.ndarray
+    ) -> None:
+        """`out[i]` = expert of pair i applied to `hidden[rows[i]]`; pairs are sorted by expert, `counts` of each."""
+        grouped_expert_ffn(
+            torch.from_numpy(hidden), torch.from_numpy(rows), counts, experts, torch.from_numpy(out)
+        )  # fmt: skip

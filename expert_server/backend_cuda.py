@@ -1,0 +1,145 @@
+"""Experts on a GPU: all of a server's experts in one tensor, one copy in each direction per grouped call.
+
+Rows, their places and the tile list travel to the GPU as one piece of pinned memory, results come back as one. All
+memory is allotted at the start, and every kernel compiled, so that computing can neither stall nor run out of memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from expert_server.slots_cuda import CudaExpert, Slots
+from kernels.tensors import as_tensor
+from kernels.triton_expert_ffn import GroupedExperts, numerics_fingerprint
+from kernels.triton_grouping import TILE_FIELDS, Grouping, list_tiles
+from kernels.triton_tiling import choose_tiling
+from moering.checkpoint import ExpertWeights
+from moering.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+CALL_PAIRS = 1024
+"""Pairs of one kernel call; more are computed piece by piece, with the same bits."""
+MEMORY_SHARE = 0.8
+"""Of the free GPU memory, for experts, where no capacity is given."""
+_ALIGN = 64  # integers
+
+
+class CudaBackend:
+    """See `expert_server.backend.Backend`. Weights and rows are bf16, results of a bf16 product in float32 frames."""
+
+    def __init__(self, hidden: int, intermediate: int, capacity: int = 0, device: str = "cuda") -> None:
+        """`capacity`: experts; 0: what fits into `MEMORY_SHARE` of the memory that is free now."""
+        torch.set_grad_enabled(False)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: PyTorch finds no GPU")
+        self._device = torch.device(device)
+        if capacity == 0:
+            free, _ = torch.cuda.mem_get_info()
+            capacity = max(1, int(free * MEMORY_SHARE) // (6 * hidden * intermediate))
+        self._workspace = _Workspace(hidden, intermediate, self._device)
+        self._slots = Slots(hidden, intermediate, capacity, self._device)
+        self._kernels = GroupedExperts(self._slots.w13, self._slots.w2)
+        self.fingerprint = numerics_fingerprint(self._device)
+        self._warm_up(hidden)
+        logger.info("room for %d experts on %s", self._slots.capacity, self._device)
+
+    @property
+    def capacity(self) -> int:
+        """Slots."""
+        return self._slots.capacity
+
+    def load(self, weights: ExpertWeights) -> CudaExpert:
+        """One expert, as bf16, in a slot; the caller's thread waits for the copy, computations do not."""
+        raw = (weights.gate_proj, weights.up_proj, weights.down_proj)
+        return self._slots.load(*(as_tensor(t.dtype, t.shape, t.data) for t in raw))
+
+    def compute(
+        self, hidden: np.ndarray, rows: np.ndarray, counts: list[int], experts: Sequence[CudaExpert], out: np.ndarray
+    ) -> None:
+        """See `expert_server.backend.Backend`."""
+        slots = np.array([expert.slot for expert in experts], np.int32)
+        if len(rows) <= CALL_PAIRS:
+            self._compute(hidden, rows, np.array(counts), slots, out)
+            return
+        ids = np.repeat(np.arange(len(counts)), counts)
+        for start in range(0, len(rows), CALL_PAIRS):
+            piece = slice(start, start + CALL_PAIRS)
+            used, local_rows = np.unique(rows[piece], return_inverse=True)
+            which, local_counts = np.unique(ids[piece], return_counts=True)
+            self._compute(hidden[used], local_rows, local_counts, slots[which], out[piece])
+
+    def _compute(
+        self, hidden: np.ndarray, rows: np.ndarray, counts: np.ndarray, slots: np.ndarray, out: np.ndarray
+    ) -> None:
+        pairs = len(rows)
+        tiling = replace(choose_tiling(pairs, len(counts)), pdl=False)
+        tiles = list_tiles(counts, slots, tiling.block_m)
+        workspace = self._workspace
+        x, grouping = workspace.send(hidden, rows, tiles, tiling.block_m)
+        activations, results = workspace.activations[:pairs], workspace.results[:pairs]
+        self._kernels.gate_up(x, grouping, activations, tiling)
+        self._kernels.down(activations, grouping, results, tiling)
+        workspace.receive(pairs, out)
+
+    def _warm_up(self, hidden: int) -> None:
+        """Compile what any number of pairs may need: one call for each tiling."""
+        seen = set()
+        for pairs in range(1, CALL_PAIRS + 1):
+            for experts in (1, min(pairs, self.capacity)):
+                tiling = choose_tiling(pairs, experts)
+                if tiling not in seen:
+                    seen.add(tiling)
+                    counts = np.full(experts, pairs // experts)
+                    counts[0] += pairs % experts
+                    x, out = np.zeros((1, hidden), np.float32), np.empty((pairs, hidden), np.float32)
+                    self._compute(x, np.zeros(pairs, np.int64), counts, np.arange(experts, dtype=np.int32), out)
+
+
+class _Workspace:
+    """Pinned and device memory of one call: integers and rows on the way in, results on the way out."""
+
+    def __init__(self, hidden: int, intermediate: int, device: torch.device) -> None:
+        self._cuda, self._hidden = device.type == "cuda", hidden
+        # one of num_tiles; order, rows: [pairs]; at most as many tiles as pairs
+        self._order_at, self._rows_at = _ALIGN, _ALIGN + CALL_PAIRS
+        self._tiles_at = _ALIGN + 2 * CALL_PAIRS
+        self._max_ints = self._tiles_at + TILE_FIELDS.value * CALL_PAIRS
+        size = self._max_ints + CALL_PAIRS * hidden // 2
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self._cuda)
+        self._device = torch.zeros(size, dtype=torch.int32, device=device)
+        self._ints = self._host.numpy()
+        self._ints[self._order_at : self._order_at + CALL_PAIRS] = np.arange(CALL_PAIRS)
+        self.activations = torch.zeros(CALL_PAIRS, intermediate, dtype=torch.bfloat16, device=device)
+        self.results = torch.zeros(CALL_PAIRS, hidden, dtype=torch.bfloat16, device=device)
+        self._host_results = torch.zeros(CALL_PAIRS, hidden, dtype=torch.bfloat16, pin_memory=self._cuda)
+
+    def send(
+        self, hidden: np.ndarray, rows: np.ndarray, tiles: np.ndarray, block_m: int
+    ) -> tuple[torch.Tensor, Grouping]:
+        """Start the copy of everything the kernels read. Pairs are in the order of their experts already."""
+        pairs, count = len(rows), len(hidden)
+        self._ints[0] = len(tiles)
+        self._ints[self._rows_at : self._rows_at + pairs] = rows
+        tiles_end = self._tiles_at + tiles.size
+        self._ints[self._tiles_at : tiles_end] = tiles.reshape(-1)
+        x_at = tiles_end + -tiles_end % _ALIGN
+        x_end = x_at + count * self._hidden // 2
+        self._host[x_at:x_end].view(torch.bfloat16).view(count, -1).copy_(torch.from_numpy(hidden))
+        self._device[:x_end].copy_(self._host[:x_end], non_blocking=True)
+        order, row_ids = (self._device[at : at + pairs] for at in (self._order_at, self._rows_at))
+        on_device = self._device[self._tiles_at : tiles_end].view(-1, TILE_FIELDS.value)
+        x = self._device[x_at:x_end].view(torch.bfloat16).view(count, -1)
+        return x, Grouping(order, row_ids, on_device, self._device[:1], block_m)
+
+    def receive(self, pairs: int, out: np.ndarray) -> None:
+        """Wait for the results and widen them into `out`."""
+        self._host_results[:pairs].copy_(self.results[:pairs], non_blocking=True)
+        if self._cuda:
+            torch.cuda.current_stream().synchronize()
+        torch.from_numpy(out).copy_(self._host_results[:pairs])

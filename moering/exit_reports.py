@@ -1,0 +1,51 @@
+"""Proven exits on their way to the coordinator, whichever that is."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import zmq
+
+from moering import protocol, transport
+from moering.leader import Finder, Seat
+from moering.protocol import ProvenExit
+
+KEPT = 64
+
+
+class ExitReports:
+    """Sends each exit to the coordinator at hand, and the latest ones again to a new one, which cannot know of them.
+
+    For one thread. A report of a process that has been replaced since changes nothing: it names the process id.
+    """
+
+    def __init__(self, coordinator: Finder) -> None:
+        self._coordinator = coordinator
+        self._latest: deque[bytes] = deque(maxlen=KEPT)
+        self._seat: Seat | None = None
+        self._socket: Any = None
+
+    def follow(self) -> None:
+        """The coordinator may have changed."""
+        seat = self._coordinator.seat
+        if seat is None or seat == self._seat:
+            return
+        self.close()
+        self._socket = transport.make_socket(zmq.DEALER, reconnect=True)
+        transport.connect(self._socket, seat.address)
+        self._seat = seat
+        for report in self._latest:
+            transport.try_send(self._socket, [report])
+
+    def send(self, exit: ProvenExit) -> None:
+        """Report `exit`."""
+        report = protocol.encode(exit)
+        self._latest.append(report)
+        if self._socket is not None:
+            transport.try_send(self._socket, [report])
+
+    def close(self) -> None:
+        """Release the socket."""
+        if self._socket is not None:
+            self._socket.close()

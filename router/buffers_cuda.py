@@ -1,0 +1,85 @@
+"""The memory that micro-batches use on their way through a GPU: all of it allotted at the start.
+
+`Scratch` holds what lives within one segment: one set, since segments run one after the other on one stream. `Buffers`
+holds what a micro-batch keeps between segments, on the device and, pinned, on the host: one set for each in flight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.triton_attention import DecodeScratch, PagedRows
+from router.attention_plan_cuda import RowTables
+from router.model_config import MoEModelConfig
+
+COMPUTE_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step can hold at most."""
+
+    rows: int
+    decode_rows: int
+    pages: int  # of one sequence
+    splits: int  # of one sequence
+
+
+class Scratch:
+    """Intermediate results of one segment. `for_host` is copied to the host as one piece: inputs, then expert ids."""
+
+    def __init__(self, config: MoEModelConfig, limits: Limits, device: torch.device) -> None:
+        rows, hidden, top_k, c = limits.rows, config.hidden_size, config.top_k, config
+        self.normed = torch.zeros(rows, hidden, dtype=COMPUTE_DTYPE, device=device)
+        self.qkv = torch.zeros(rows, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, device=device)
+        self.query = torch.zeros(rows, c.num_heads, c.head_dim, dtype=COMPUTE_DTYPE, device=device)
+        self.mixed = torch.zeros_like(self.query)
+        self.scores = torch.zeros(rows, c.num_experts, device=device)
+        self.local_ids = torch.zeros(rows, top_k, dtype=torch.int32, device=device)
+        self.for_host = torch.zeros(_host_bytes(config, rows), dtype=torch.uint8, device=device)
+        self.expert_output = torch.zeros(rows * top_k, hidden, device=device)
+        self.decode = DecodeScratch.empty(limits.decode_rows, limits.splits, c.num_heads, c.head_dim, device)
+
+
+class Buffers:
+    """What one micro-batch keeps between segments."""
+
+    def __init__(self, config: MoEModelConfig, limits: Limits, tile_rows: int, device: torch.device) -> None:
+        rows, pinned = limits.rows, device.type == "cuda"
+        self.residual = torch.zeros(rows, config.hidden_size, device=device)
+        self.topk_weights = torch.zeros(rows, config.top_k, device=device)
+        self.tables = RowTables(rows, limits.pages, tile_rows, device)
+        self.from_device = torch.zeros(_host_bytes(config, rows), dtype=torch.uint8, pin_memory=pinned)
+        self.expert_output = torch.zeros(rows * config.top_k, config.hidden_size, pin_memory=pinned)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch as segments see it; equal for two micro-batches of one shape, so graphs may hold it."""
+
+    buffers: Buffers
+    padded: int  # rows computed
+    paged: PagedRows
+
+    @property
+    def residual(self) -> torch.Tensor:
+        """float32 [padded, hidden]."""
+        return self.buffers.residual[: self.padded]
+
+    @property
+    def topk_weights(self) -> torch.Tensor:
+        """float32 [padded, k]."""
+        return self.buffers.topk_weights[: self.padded]
+
+
+def unpack(config: MoEModelConfig, packed: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(expert inputs float32 [rows, hidden], expert ids int64 [rows, k]) of a packed buffer for `rows` rows."""
+    middle, end = 4 * rows * config.hidden_size, _host_bytes(config, rows)
+    inputs = packed[:middle].view(torch.float32).view(rows, config.hidden_size)
+    return inputs, packed[middle:end].view(torch.int64).view(rows, config.top_k)
+
+
+def _host_bytes(config: MoEModelConfig, rows: int) -> int:
+    return rows * (4 * config.hidden_size + 8 * config.top_k)

@@ -1,0 +1,103 @@
+"""The GPU's backend: interpreted without a GPU, on tiny experts."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import expert_server.backend_cuda as module
+from expert_server import slots_cuda
+from expert_server.backend_cuda import CudaBackend
+from kernels import expert_ffn, reference, triton_expert_ffn
+from kernels.tensors import as_tensor
+from moering.checkpoint import Checkpoint
+from moering.errors import MoeringError
+from tests.interpreter import DEVICE
+from tests.tiny import write_checkpoint
+
+TOLERANCE = 1.2e-2 if DEVICE == "cpu" else 6e-3  # the interpreter truncates to bf16 where a GPU rounds
+HIDDEN, INTER = 64, 96
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return Checkpoint(write_checkpoint(tmp_path_factory.mktemp("c"), hidden=HIDDEN, intermediate=INTER, dtype="BF16"))
+
+
+@pytest.fixture(scope="module")
+def backend():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(module, "CALL_PAIRS", 64)
+    patch.setattr(slots_cuda, "COPY_BYTES", 4000)
+    patch.setattr(slots_cuda, "WAIT_S", 0.2)
+    yield CudaBackend(HIDDEN, INTER, 4, DEVICE)
+    patch.undo()
+
+
+def expected(checkpoint, hidden, rows, counts, experts):
+    weights = [checkpoint.expert(0, e) for e in experts]
+    parts = [[as_tensor(t.dtype, t.shape, t.data) for t in (w.gate_proj, w.up_proj, w.down_proj)] for w in weights]
+    w13, w2 = torch.stack([torch.cat(p[:2]) for p in parts]), torch.stack([p[2] for p in parts])
+    ids = torch.arange(len(experts)).repeat_interleave(torch.tensor(counts))
+    return reference.expert_ffn(torch.from_numpy(hidden).bfloat16(), w13, w2, ids, torch.from_numpy(rows))
+
+
+@pytest.mark.parametrize("counts", [[1], [2, 3, 1], [20, 5], [100, 29, 2]])
+def test_results_are_those_of_the_reference(backend, checkpoint, counts):
+    """Also of more pairs than a call takes, where one expert's pairs are cut."""
+    rng = np.random.default_rng(1)
+    experts = list(range(2, 2 + len(counts)))
+    hidden = rng.standard_normal((7, HIDDEN), np.float32)
+    rows = rng.integers(0, 7, sum(counts))
+    loaded = [backend.load(checkpoint.expert(0, e)) for e in experts]
+    out = np.full((sum(counts), HIDDEN), np.nan, np.float32)
+    backend.compute(hidden, rows, counts, loaded, out)
+    wanted = expected(checkpoint, hidden, rows, counts, experts)
+    errors = (torch.from_numpy(out).double() - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert float(errors.max()) < TOLERANCE
+    assert bool((out == torch.from_numpy(out).bfloat16().float().numpy()).all())
+
+
+def test_a_slot_is_free_again_when_nobody_uses_its_expert(backend, checkpoint):
+    held = [backend.load(checkpoint.expert(0, e)) for e in range(4)]
+    with pytest.raises(MoeringError, match="all 4 slots for experts are in use"):
+        backend.load(checkpoint.expert(0, 4))
+    in_use = held.pop()  # like the experts of a computation that a drop overtakes
+    held.clear()
+    gc.collect()
+    again = [backend.load(checkpoint.expert(0, e)) for e in range(3)]
+    assert in_use.slot not in {expert.slot for expert in again}
+
+
+def test_loading_waits_for_a_slot_that_a_computation_still_uses(backend, checkpoint, monkeypatch):
+    monkeypatch.setattr(slots_cuda, "WAIT_S", 30.0)
+    held = [backend.load(checkpoint.expert(0, e)) for e in range(4)]
+    loaded = []
+    loader = threading.Thread(target=lambda: loaded.append(backend.load(checkpoint.expert(0, 5))))
+    loader.start()
+    slot = held[2].slot
+    held[2] = None
+    loader.join(30)
+    assert [expert.slot for expert in loaded] == [slot]
+
+
+def test_out_of_memory_at_the_start_means_less_capacity(monkeypatch):
+    real = torch.zeros
+
+    def small(*shape, **options):
+        if shape[0] > 5:
+            raise torch.OutOfMemoryError("as if")
+        return real(*shape, **options)
+
+    monkeypatch.setattr(torch, "zeros", small)
+    slots = slots_cuda.Slots(64, 32, 10, torch.device(DEVICE))
+    assert slots.capacity == 4  # 10, 8, 6: too many
+
+
+def test_equal_processes_have_equal_fingerprints(backend):
+    assert backend.fingerprint == triton_expert_ffn.numerics_fingerprint(torch.device(DEVICE))
+    assert backend.fingerprint != expert_ffn.numerics_fingerprint()

@@ -1,0 +1,129 @@
+"""Several of eight expert servers die at once, in two zones with two replicas: real processes, real signals.
+
+What is killed is looked up first, so that each test knows whether experts lose their last replica by it. One and two at
+once are in `test_kill_matrix`, every number in `tests/moering/test_redundancy.py`.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.placement import holders
+from tests.faults.scenario import Scenario
+from tests.integration.cluster import Cluster, serving, wait_for
+from tests.integration.streams import Streams
+
+ZONE_A = ("expert-0", "expert-2", "expert-4", "expert-6")
+FLAGS = ("--expert-servers", "8", "--zones", "a,b", "--max-restart-delay-s", "0")
+STREAMS, TOKENS = 4, 100
+PARKED = "no live replica for rows"
+
+
+@pytest.fixture(scope="module")
+def whole_scenario(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
+    with serving(checkpoint, tmp_path_factory.mktemp("eight"), FLAGS) as cluster:
+        yield Scenario(cluster, STREAMS, TOKENS)
+
+
+@pytest.fixture
+def scenario(whole_scenario: Scenario) -> Scenario:
+    whole_scenario.cluster.wait_settled()
+    return whole_scenario
+
+
+def lost_with(placed: list[set[str]], victims: set[str]) -> int:
+    return sum(row <= victims for row in placed)
+
+
+def with_policy(policy: str, body: dict[str, Any]) -> dict[str, Any]:
+    return body | {"moering": {"logits_digest": True, "on_missing_expert": policy}}
+
+
+def test_four_of_eight_at_once(scenario: Scenario) -> None:
+    """With both holders of some experts among them: what needs those waits until they are loaded again."""
+    cluster, placed = scenario.cluster, holders(scenario.cluster)
+    victims = sorted(placed[0])
+    victims += [i for i in cluster.servers if i not in victims][:2]
+    assert lost_with(placed, set(victims)) > 0
+    killed: list[dict[str, Any]] = []
+    scenario.through_death_of_servers(lambda _: killed.extend(cluster.kill(*victims)), lost=4)
+    cluster.wait_replaced(killed)
+
+
+def test_a_zone_dies_and_no_expert_loses_its_last_replica(scenario: Scenario) -> None:
+    cluster, placed = scenario.cluster, holders(scenario.cluster)
+    assert [p["zone"] for p in map(cluster.process, ZONE_A)] == ["a"] * 4
+    assert lost_with(placed, set(ZONE_A)) == 0
+    parked, plans, whole = (cluster.logged(text) for text in (PARKED, " orphans, ", " 0 orphans, "))
+    killed: list[dict[str, Any]] = []
+    scenario.through_death_of_servers(lambda _: killed.extend(cluster.kill(*ZONE_A)), lost=4)
+    cluster.wait_replaced(killed)
+    assert cluster.logged(PARKED) == parked
+    assert cluster.logged(" orphans, ") - plans == cluster.logged(" 0 orphans, ") - whole > 0
+
+
+def test_a_third_dies_while_it_loads_what_two_have_left(scenario: Scenario) -> None:
+    cluster, placed = scenario.cluster, holders(scenario.cluster)
+    first = sorted(placed[0])
+    assert lost_with(placed, set(first)) > 0
+    killed: list[dict[str, Any]] = []
+
+    def fault(_: Streams) -> None:
+        before = loads_of_orphans(cluster)
+        killed.extend(cluster.kill(*first))
+        loader = wait_for("a survivor loads orphans", lambda: loads_of_orphans(cluster)[len(before) :])[0]
+        assert cluster.status()["failures_survivable"] < 1, "too late: all is as before"
+        killed.extend(cluster.kill(loader))
+
+    scenario.through_death_of_servers(fault, lost=3)
+    cluster.wait_replaced(killed)
+
+
+def test_each_request_does_what_it_asked_for_while_an_expert_is_gone(scenario: Scenario) -> None:
+    """The coordinator stands still meanwhile, so that nobody loads the orphans."""
+    cluster, placed = scenario.cluster, holders(scenario.cluster)
+    victims = sorted(placed[0])
+    tokens = cluster.metrics()["moering_router_tokens_renormalized_total"]
+    coordinator = cluster.process("coordinator")
+    prompts = scenario.bodies[:2]
+    renormalizing = [with_policy("renormalize", b) | {"max_tokens": 400} for b in prompts]
+    failing = [with_policy("fail", b) | {"max_tokens": 2000} for b in prompts]
+    killed: list[dict[str, Any]] = []
+
+    def fault(_: Streams) -> None:
+        others = Streams(cluster.url, [*renormalizing, *failing])
+        others.wait_tokens(5)
+        cluster.kill("coordinator", number=signal.SIGSTOP)
+        try:
+            killed.extend(cluster.kill(*victims))
+            seen = others.finish()
+        finally:
+            cluster.kill("coordinator", number=signal.SIGCONT)
+        for stream in seen[:2]:
+            assert (stream.ends, stream.done_lines) == (["length"], 1)
+        assert sum(stream.renormalized for stream in seen[:2]) > 0
+        for stream in seen[2:]:
+            (end,) = stream.ends
+            assert "error event" in end and "no_replica" in end and stream.done_lines == 0
+
+    parked = cluster.logged(PARKED)
+    scenario.through(fault)
+    assert cluster.logged(PARKED) > parked
+    cluster.wait_replaced(killed)
+    assert cluster.process("coordinator")["pid"] == coordinator["pid"]
+    assert cluster.metrics()["moering_router_tokens_renormalized_total"] > tokens
+    again = Streams(cluster.url, [with_policy("renormalize", b) for b in scenario.bodies]).finish()
+    assert [s.tokens for s in again] == [s.tokens for s in scenario.reference], "with all experts back it is exact"
+    assert [s.renormalized for s in again] == [0] * STREAMS
+
+
+def loads_of_orphans(cluster: Cluster) -> list[str]:
+    """The servers that have begun to load orphans, in order."""
+    lines = cluster.log.read_text(errors="replace").splitlines()
+    loads = [line for line in lines if "experts," in line and "of them orphans" in line and ", 0 of" not in line]
+    return [next(word for word in line.split() if word.startswith("expert-")) for line in loads]
