@@ -23,6 +23,7 @@ class Config:
     port: int = option(8000, "TCP port to listen on; 0 lets the system choose")
     max_model_len_tokens: int = option(0, "context length, prompt and answer together (0: the model's)")
     max_requests: int = option(256, "choices generated or queued at once; beyond it 429 with Retry-After")
+    max_queue_wait_s: float = option(30.0, "429 also while many wait and the first of them longer than this")
     max_choices: int = option(64, "limit of prompts times n in one HTTP request")
     max_body_bytes: int = option(32 << 20, "limit of a request body")
     request_timeout_s: float = option(600.0, "a request that takes longer ends with an error")

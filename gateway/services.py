@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 
 from aiohttp import web
@@ -15,6 +16,9 @@ from gateway.model import Model
 from gateway.router_pool import RouterPool
 from gateway.stall import StallGuard
 from moering.protocol import Hello, MemberInfo
+
+QUEUE_SHARE = 1 / 8
+"""Fewer waiting requests than this share of those allowed are no queue."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,19 @@ class Services:
             raise ApiError(503, f"{self.not_ready()}; try again", code="not_ready", retry_after_s=5)
         if len(self.journal) + choices > self.config.max_requests:
             raise ApiError(429, "too many requests are under way; try again", code="queue_full", retry_after_s=1)
+        if self._falls_behind():
+            raise ApiError(429, "requests wait too long for their turn; try later", code="queue_slow", retry_after_s=5)
+
+    def _falls_behind(self) -> bool:
+        """Whether there is a queue that does not move: what the living servers can compute is less than what is asked.
+
+        A few that wait long, for a long prompt or an expert, are no queue.
+        """
+        waiting = [r for r in self.journal.records() if not r.emitted]
+        if len(waiting) <= self.config.max_requests * QUEUE_SHARE:
+            return False
+        since_s = min(r.deadline for r in waiting) - self.config.request_timeout_s
+        return asyncio.get_running_loop().time() - since_s > self.config.max_queue_wait_s
 
 
 def make_services(config: Config, model: Model, own: MemberInfo) -> Services:

@@ -123,3 +123,28 @@ def test_over_the_limit_429_then_room_again(model):
             assert (await g.post("/v1/completions", {**REQUEST, "n": 2}))[0] == 200
 
     run(main())
+
+
+def test_a_queue_that_does_not_move_takes_nobody_more(model):
+    """Degraded must not become collapse: who is admitted waits a bounded time, the others are told at once."""
+
+    async def main():
+        router = FakeRouter(hold_at=0)
+        async with gateway(model, router, max_requests=16, max_queue_wait_s=0.2) as g:
+            few = [asyncio.create_task(g.post("/v1/completions", REQUEST)) for _ in range(2)]
+            await g.until(lambda: len(g.services.journal) == 2)
+            waited = asyncio.get_running_loop().time() + 0.3
+            await g.until(lambda: asyncio.get_running_loop().time() > waited)
+            third = asyncio.create_task(g.post("/v1/completions", REQUEST))  # two that wait long are no queue
+            await g.until(lambda: len(g.services.journal) == 3)
+            status, body, headers = await g.post("/v1/completions", REQUEST)
+            assert (status, body["error"]["code"], headers["Retry-After"]) == (429, "queue_slow", "5")
+            router.release()
+            assert [(await answer)[0] for answer in (*few, third)] == [200] * 3
+            router.hold_at = 0
+            after = [asyncio.create_task(g.post("/v1/completions", REQUEST)) for _ in range(4)]
+            await g.until(lambda: len(g.services.journal) == 4)  # a queue that is young is taken
+            router.release()
+            assert [(await answer)[0] for answer in after] == [200] * 4
+
+    run(main())
