@@ -39,6 +39,11 @@ class Record:
     fruitless: int = 0  # submissions since the last token
     finished: bool = False
 
+    @property
+    def to_prefill(self) -> int:
+        """Tokens that the router computes before the next one comes; 0 once that is there."""
+        return len(self.prompt) + len(self.emitted) if self.fruitless else 0
+
     def next_submit(self, now: float) -> Submit:
         """The message that starts the next attempt; what older attempts still send is void from here on."""
         self.attempt += 1

@@ -20,7 +20,10 @@ from moering.protocol import Hello, MemberInfo, Refused, Welcome
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT = transport.Heartbeat(1000, 3000)
+HEARTBEAT = transport.Heartbeat(250, 1000)
+"""libzmq's own thread answers, however busy a process is: one that is stopped is noticed within 1.25 s."""
+SILENCE_S = 10
+"""A router's main loop sends its figures every second: one that hangs while its process lives is noticed so late."""
 HELLO_TIMEOUT_S = 5.0
 MAX_MESSAGES_PER_TURN = 64
 """A router that sends without end must not keep the loop from everything else."""
@@ -39,11 +42,12 @@ class RouterLink:
         identity: bytes,
         hello: Hello,
         on_ready: Callable[[RouterLink], None],
-        on_message: Callable[[Any], None],
+        on_message: Callable[[RouterLink, Any], None],
     ) -> None:
         """Connect to the numeric `address`; must run on the event loop."""
         self.member = member
         self.records: set[Record] = set()
+        self.others_load = 0  # what the router computes for other gateways, by its last report
         self.ready = False  # usable now
         self.welcomed = False  # ever was
         self._loop = asyncio.get_running_loop()
@@ -56,14 +60,15 @@ class RouterLink:
         self._loop.add_reader(self._fds[0], self._read)
         self._loop.add_reader(self._fds[1], self._read_monitor)
         self._loop.call_soon(self._read_monitor)
+        self._silent_s = 0
         self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._fail, TimeoutError("no answer to hello"))
         self._socket.connect(address)
         self.send(hello)
 
     @property
     def load(self) -> float:
-        """Outstanding work: choices, and a little more for long prompts that are still to be computed."""
-        return sum(1.0 + (0 if r.emitted else len(r.prompt) / 1024) for r in self.records)
+        """Outstanding work: choices, and a little more for many tokens that are still to be computed."""
+        return self.others_load + sum(1.0 + r.to_prefill / 1024 for r in self.records)
 
     def send(self, message: Any) -> bool:
         """Send without blocking. A router that takes nothing any more counts as lost."""
@@ -92,6 +97,15 @@ class RouterLink:
         if not self.lost.done():
             self.lost.set_result(reason)
 
+    def _count_silence(self) -> None:
+        """Once a second. Counted in turns of this loop, so that a pause of this process is not the router's silence."""
+        self._read()
+        self._silent_s += 1
+        if self._silent_s >= SILENCE_S:
+            self._fail(TimeoutError(f"silent for {SILENCE_S} s"))
+        elif not self.lost.done():
+            self._timer = self._loop.call_later(1.0, self._count_silence)
+
     def _read_monitor(self) -> None:
         self._read()  # what arrived before the end still counts
         while not self._monitor.closed and transport.read_event(self._monitor) is not None:
@@ -104,6 +118,7 @@ class RouterLink:
             frames = transport.try_receive(self._socket)
             if frames is None:
                 return
+            self._silent_s = 0
             self._handle(frames)
         self._loop.call_soon(self._read)
 
@@ -118,10 +133,11 @@ class RouterLink:
             for_good = message.fatal and not self.welcomed
             self._fail(HandshakeError(text) if for_good else ConnectionError(text))
         elif not isinstance(message, Welcome):
-            self._on_message(message)
+            self._on_message(self, message)
         elif message.incarnation != self.member.incarnation:
             self._fail(ConnectionError(f"another incarnation answers there: {message.incarnation}"))
         elif not self.welcomed:
             self.ready = self.welcomed = True
             self._timer.cancel()
+            self._timer = self._loop.call_later(1.0, self._count_silence)
             self._on_ready(self)

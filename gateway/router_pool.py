@@ -1,8 +1,8 @@
 """Which router computes what: connections to all routers of the view, and the way of each record to one of them.
 
-A record goes to the router with the least outstanding work. When that router is lost (disconnected, stuck, gone from
-the view, restarted) the record goes to another one with what the client already has, or is held until there is one,
-bounded by its deadline.
+A record goes to the router with the least outstanding work, or to one near it that was sent the same prefix before.
+When that router is lost (disconnected, stuck, gone from the view, restarted) the record goes to another one with what
+the client already has, or is held until there is one, bounded by its deadline.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from gateway.affinity import Affinity
 from gateway.journal import Journal, Record
 from gateway.router_link import RouterLink
 from moering import transport
 from moering.errors import HandshakeError
+from moering.prefix import prefix_keys
 from moering.protocol import Abort, Failed, Hello, MemberInfo, RouterStats, Tokens
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class RouterPool:
         self._members: dict[Key, MemberInfo] = {}
         self._keepers: dict[Key, asyncio.Task[None]] = {}
         self._links: dict[Key, RouterLink] = {}
+        self._affinity = Affinity()
         self._routes: dict[Record, RouterLink] = {}
         self._timers: dict[Record, asyncio.TimerHandle] = {}
         self._held: dict[Record, None] = {}  # an ordered set: first come, first served
@@ -53,6 +56,7 @@ class RouterPool:
         for key in [k for k in self._keepers if k not in self._members]:
             logger.info("router %s (incarnation %d) left the view", *key)
             self._keepers.pop(key).cancel()
+            self._affinity.forget(key)
             self._drop(key)
         for key, member in self._members.items():
             if key not in self._keepers:
@@ -119,7 +123,7 @@ class RouterPool:
     # --- records -----------------------------------------------------------------------------------------------------
 
     def _assign(self, record: Record) -> None:
-        """Send the record to the router with the least work, or hold it."""
+        """Send the record to a router, or hold it."""
         usable = self._usable()
         if not usable:
             self._held[record] = None
@@ -128,7 +132,7 @@ class RouterPool:
             self._journal.fail(record, "poison", "the request was given up: each router that computed it was lost")
             self._forget(record)
             return
-        link = min(usable, key=lambda x: x.load)
+        link = self._choose(record, usable)
         if record.attempt:
             self.failovers += 1
         self._held.pop(record, None)
@@ -136,9 +140,15 @@ class RouterPool:
         link.records.add(record)
         link.send(record.next_submit(asyncio.get_running_loop().time()))  # if it fails, the lost link gives it back
 
-    def _usable(self) -> list[RouterLink]:
-        ready = ((self._members.get(key), link) for key, link in self._links.items() if link.ready)
-        return [link for member, link in ready if member is not None and member.state == "ONLINE"]
+    def _choose(self, record: Record, usable: dict[Key, RouterLink]) -> RouterLink:
+        prefixes = prefix_keys(record.prompt)
+        key = self._affinity.choose(prefixes, {key: link.load for key, link in usable.items()})
+        self._affinity.sent(prefixes, key)
+        return usable[key]
+
+    def _usable(self) -> dict[Key, RouterLink]:
+        ready = ((key, self._members.get(key), link) for key, link in self._links.items() if link.ready)
+        return {key: link for key, member, link in ready if member is not None and member.state == "ONLINE"}
 
     def _submit_held(self) -> None:
         for record in list(self._held):
@@ -162,7 +172,7 @@ class RouterPool:
         if link is not None:
             link.records.discard(record)
 
-    def _receive(self, message: Any) -> None:
+    def _receive(self, link: RouterLink, message: Any) -> None:
         if isinstance(message, Tokens):
             for token in message.tokens:
                 ended = self._journal.take(token)
@@ -174,6 +184,8 @@ class RouterPool:
                 self._forget(ended)
         elif isinstance(message, RouterStats):
             self.stats[message.server_id] = message
+            outstanding = sum(message.gauges.get(name, 0) for name in ("requests_running", "requests_waiting"))
+            link.others_load = max(0, int(outstanding) - len(link.records))
         else:
             logger.warning("dropped an unexpected %s message from a router", message.KIND)
 

@@ -99,15 +99,17 @@ def build_engine(
     from router.device import build_parts, max_length
     from router.kv_cache import BlockManager
     from router.model_config import MoEModelConfig
+    from router.prefix_cache import PrefixCache
     from router.scheduler import Scheduler
     from router.step_cost import StepCost
 
     parts, model = build_parts(config, checkpoint, decoder_class), MoEModelConfig.from_checkpoint(checkpoint)
     limit = max_length(config, model)
     span = max(1, min(parts.num_blocks // LIKELY_STREAMS, -(-limit // parts.block_size)))
+    prefixes = PrefixCache(parts.block_size, parts.copy_block, config.prefix_caching)
     scheduler = Scheduler(
-        BlockManager(parts.num_blocks, span), config.max_num_seqs, config.max_num_batched_tokens, parts.block_size,
-        limit, StepCost(), model.vocab_size,
+        BlockManager(parts.num_blocks, prefixes, span), prefixes, config.max_num_seqs, config.max_num_batched_tokens,
+        parts.block_size, limit, StepCost(), model.vocab_size,
     )  # fmt: skip
     return Engine(
         parts.decoder, scheduler, exchange, frontend, poller, sampler=parts.sampler, threads=config.threads,

@@ -27,6 +27,7 @@ class Config:
     max_num_batched_tokens: int = option(256, "rows of one step")
     max_model_len: int = option(0, "tokens of one sequence; 0: what the checkpoint allows")
     kv_cache_mb: int = option(2048, "memory of the KV cache")
+    prefix_caching: bool = option(True, "compute the tokens that prompts begin with once (whole blocks of 512)")
     micro_batches: int = option(1, "micro-batches in flight: while one waits for experts another computes attention")
     missing_expert_timeout_s: float = option(30.0, "how long a request waits for an expert that no server has")
     insecure: bool = option(False, "allow --bind on an address that other machines reach, without encryption")

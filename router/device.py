@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ class Parts:
     sampler: Any
     num_blocks: int
     block_size: int
+    copy_block: Callable[[int, int], None]  # (source, destination)
 
 
 def build_parts(config: Config, checkpoint: Checkpoint, decoder_class: type | None = None) -> Parts:
@@ -37,7 +39,7 @@ def build_parts(config: Config, checkpoint: Checkpoint, decoder_class: type | No
 
     cache = KVCache(*_shape(checkpoint), _num_blocks(config, checkpoint, KVCache))
     decoder = (decoder_class or Decoder)(checkpoint, cache, config.backend)
-    return Parts(decoder, Sampler(), cache.num_blocks, cache.block_size)
+    return Parts(decoder, Sampler(), cache.num_blocks, cache.block_size, cache.copy_block)
 
 
 def _cuda(config: Config, checkpoint: Checkpoint, decoder_class: type | None) -> Parts:
@@ -52,7 +54,7 @@ def _cuda(config: Config, checkpoint: Checkpoint, decoder_class: type | None) ->
     model = MoEModelConfig.from_checkpoint(checkpoint)
     decoder = (decoder_class or Decoder)(checkpoint, cache, max_rows, config.max_num_seqs, max_length(config, model))
     decoder.warm_up()
-    return Parts(decoder, Sampler(), cache.num_blocks, cache.block_size)
+    return Parts(decoder, Sampler(), cache.num_blocks, cache.block_size, cache.copy_block)
 
 
 def max_length(config: Config, model: MoEModelConfig) -> int:

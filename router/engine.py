@@ -58,7 +58,8 @@ class Engine:
         self._parking = Parking(exchange, missing_expert_timeout_s, self._fail_missing, self._drop)
         self._wakeup = Wakeup()
         poller.register(self._wakeup.fd, zmq.POLLIN)
-        poller.register(frontend.socket, zmq.POLLIN)
+        for socket in (frontend.socket, frontend.monitor):
+            poller.register(socket, zmq.POLLIN)
         self._new_view: View | None = None
         self._stopping = False
         self._next_look_s = self._next_report_s = 0.0
@@ -97,6 +98,7 @@ class Engine:
             "requests_without_replica": self.requests_without_replica,
             "preemptions": self._scheduler.num_preemptions,
             "tokens_recomputed": self._scheduler.tokens_recomputed,
+            "prefix_tokens_reused": self._scheduler.prefixes.tokens_reused,
         }
 
     def gauges(self) -> dict[str, float]:
@@ -106,6 +108,7 @@ class Engine:
             "requests_waiting": len(self._scheduler.waiting),
             "requests_parked": sum(len(f.items) for f in self._parking.flights),
             "forwards_in_flight": len(self._flights) + len(self._parking.flights),
+            "kv_blocks_in_use": self._scheduler.blocks_in_use,
         }
 
     # --- the loop ---
@@ -121,6 +124,7 @@ class Engine:
                     self._advance(finished)
                 self.progress += 1
         self._exchange.close()
+        self._frontend.close()
 
     def _poll(self) -> None:
         """Wait until something happens, and take note of it."""
@@ -132,6 +136,9 @@ class Engine:
             self._follow_view()
         if self._frontend.socket in sockets:
             self._receive()
+        if self._frontend.monitor in sockets and self._frontend.lost_one():
+            self._receive()  # has libzmq take note, so that sending to that gateway fails from now on
+            self._next_look_s = self._next_report_s = 0.0
         self._exchange.handle(ready)
         self._exchange.tick()
         if self._exchange.changed:
@@ -227,6 +234,7 @@ class Engine:
         self._flights.discard(flight)
         for item, rows in zip(flight.items, flight.renormalized_rows(), strict=True):
             item.sequence.renormalized += rows
+            item.sequence.shareable &= not rows
             self.tokens_renormalized += rows
         chunks = self._scheduler.complete(flight.items)
         if chunks:

@@ -20,6 +20,7 @@ class Frontend:
         self, socket: Any, server_id: str, incarnation: int, max_num_seqs: int, model: str, digest: str
     ) -> None:
         self.socket = socket
+        self.monitor = transport.watch_disconnects(socket)  # readable when a connection has ended: see `lost_one`
         self._model, self._digest = model, digest
         self._welcome = Welcome(server_id, incarnation, max_num_seqs, max_num_seqs)
         self._tokens: dict[bytes, list[Token]] = defaultdict(list)
@@ -44,6 +45,19 @@ class Frontend:
             else:
                 self._send(identity, Refused(f"a router takes no {message.KIND}", fatal=True))
         return messages
+
+    def lost_one(self) -> bool:
+        """Whether a connection ended since the last call. It does not say whose: the next `report` finds out."""
+        lost = False
+        while transport.read_event(self.monitor) is not None:
+            lost = True
+        return lost
+
+    def close(self) -> None:
+        """Close the socket. Its monitor first: with nobody to read it, libzmq's thread would wait for ever."""
+        self.socket.disable_monitor()
+        self.monitor.close(0)
+        self.socket.close(0)
 
     def add(self, gateway: bytes, token: Token) -> None:
         """Send this token with the next `flush`."""

@@ -26,6 +26,11 @@ class KVCache:
         """The page that belongs to nobody."""
         return self.num_blocks
 
+    def copy_block(self, source: int, destination: int) -> None:
+        """Give one page the content of another, in all layers."""
+        for layer in self.layers:
+            layer[destination].copy_(layer[source])
+
     @staticmethod
     def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int) -> int:
         """Bytes of one block over all layers."""

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from router.prefix_cache import PrefixCache
 from router.sequence import Refusal, Sequence, Status, check
 from router.step_cost import MIN_PREFILL_TOKENS, StepCost
 
@@ -71,6 +72,7 @@ class Scheduler:
     def __init__(
         self,
         block_manager: BlockManager,
+        prefixes: PrefixCache,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         block_size: int,
@@ -83,7 +85,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.tokens_recomputed = 0  # after a preemption, and of requests that began on another router
         self.cost = cost
-        self._blocks = block_manager
+        self.prefixes, self._blocks = prefixes, block_manager
         self._num_blocks = block_manager.free_blocks
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -107,6 +109,11 @@ class Scheduler:
             self.waiting.append(sequence)
             self.tokens_recomputed += sequence.num_tokens if sequence.output else 0
         return refusal
+
+    @property
+    def blocks_in_use(self) -> int:
+        """KV blocks that sequences hold."""
+        return self._num_blocks - self._blocks.free_blocks
 
     def abort(self, request_id: str, attempt: int) -> Sequence | None:
         """Cancel the sequence of this request and attempt and return it; None where there is none (any more)."""
@@ -143,6 +150,8 @@ class Scheduler:
                 self._release(sequence)
                 continue
             sequence.num_computed += item.length
+            if sequence.num_computed // self._block_size > item.start // self._block_size:
+                self.prefixes.offer(sequence)
             if item.samples:
                 to_sample.append(item)
         return to_sample
@@ -213,10 +222,12 @@ class Scheduler:
         lanes = [s for s in self.running if not s.decodes and not s.in_flight]
         while self.waiting and len(self.running) < self._max_num_seqs:
             filled = sum(s.remaining for s in lanes) >= budget
+            self.prefixes.find(self.waiting[0])  # of use from now on: its new blocks are not to be those
             if (filled and len(lanes) >= PREFILL_LANES) or not self._reserve(self.waiting[0]):
                 break
             sequence = self.waiting.pop(0)
             sequence.status = Status.RUNNING
+            self.prefixes.fetch(sequence)
             bisect.insort(self.running, sequence, key=_arrival)
             lanes.append(sequence)
         return lanes
@@ -243,6 +254,7 @@ class Scheduler:
         sequence.status, sequence.finish_reason = Status.FINISHED, reason
 
     def _release(self, sequence: Sequence) -> None:
+        self.prefixes.offer(sequence)  # again: the block that held a prefix first may be gone by now
         self._blocks.free(sequence.block_table)
         sequence.block_table = []
         self.running.remove(sequence)

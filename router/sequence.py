@@ -37,6 +37,8 @@ class Sequence:
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)
     in_flight: bool = False  # between schedule() and complete(): its rows may wait for an expert
+    shareable: bool = True  # False for good once its keys and values are not those of its tokens (renormalised)
+    block_keys: list[bytes] = field(default_factory=list)  # names of its first full blocks, as far as computed
     arrival: int = 0  # order of admission to the scheduler; decides who is served and who is preempted
 
     @classmethod

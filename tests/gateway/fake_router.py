@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import zmq
 
 from moering import protocol, transport
-from moering.protocol import Abort, Hello, MemberInfo, Submit, Token, Tokens, Welcome
+from moering.protocol import Abort, Hello, MemberInfo, RouterStats, Submit, Token, Tokens, Welcome
 
 _incarnations = itertools.count(1000)
 Script = Callable[[Submit, int], Token]
@@ -57,6 +57,7 @@ class FakeRouter(threading.Thread):
         self.submits: list[Submit] = []
         self.aborts: list[Abort] = []
         self.welcome = True
+        self.report_s: float | None = None  # between the figures that it sends, which show that it lives
         self._active: dict[str, _Active] = {}
         self._peers: list[bytes] = []
         self._outbox: list[object] = []
@@ -98,8 +99,11 @@ class FakeRouter(threading.Thread):
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wakeup.fd, zmq.POLLIN)
         while not self._stopping:
-            poller.poll(0 if self._runnable() else 1000)
+            patience_ms = 1000 if self.report_s is None else int(1000 * self.report_s)
+            poller.poll(0 if self._runnable() else patience_ms)
             self._wakeup.clear()
+            if self.report_s is not None:
+                self._outbox.append(RouterStats(self.server_id, {}, {}))
             while (frames := transport.try_receive(self._socket)) is not None:
                 self._handle(frames[0], protocol.decode(frames[1:])[0])
             with self._changed:

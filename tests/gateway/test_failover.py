@@ -1,10 +1,12 @@
 """A router is lost, stuck, restarted or lies: the client's stream goes on with the same tokens, or ends once."""
 
 import asyncio
+import dataclasses
 
 import pytest
 
-from moering.protocol import Failed, MemberInfo, Token, Tokens
+from gateway import router_link
+from moering.protocol import Failed, MemberInfo, RouterStats, Token, Tokens
 from tests.gateway.fake_router import FakeRouter, counts, token
 from tests.gateway.harness import gateway, in_thread, run
 
@@ -142,6 +144,70 @@ def test_requests_go_to_the_router_with_the_least_work(model):
                 router.release()
             for task in tasks:
                 streamed_ids(await task)
+
+    run(main())
+
+
+def test_requests_that_begin_alike_go_to_one_router_while_its_load_allows(model):
+    model = dataclasses.replace(model, context_tokens=1024)
+    alike = {**REQUEST, "prompt": [10] * 512 + [5, 6]}
+
+    async def main():
+        routers = [FakeRouter(f"r{i}") for i in range(2)]
+        async with gateway(model, *routers) as g:
+            for _ in range(3):
+                assert (await g.post("/v1/completions", alike))[0] == 200
+            first = next(r for r in routers if r.submits)
+            other = next(r for r in routers if r is not first)
+            assert (len(first.submits), len(other.submits)) == (3, 0)
+            for router in routers:
+                router.hold_at = 1
+            tasks = []
+            for count in range(1, 7):
+                tasks.append(asyncio.create_task(g.stream("/v1/completions", alike)))
+                await g.until(lambda count=count: sum(len(r.emitted) for r in g.services.journal.records()) == count)
+            assert (len(first.submits), len(other.submits)) == (3 + 3, 3)  # since its first it has the prefix, too
+            for router in routers:
+                router.release()
+            for task in tasks:
+                streamed_ids(await task)
+
+    run(main())
+
+
+def test_what_a_router_computes_for_other_gateways_counts(model):
+    async def main():
+        routers = [FakeRouter(f"r{i}") for i in range(2)]
+        async with gateway(model, *routers) as g:
+            routers[0].send(RouterStats("r0", {}, {"requests_running": 5, "requests_waiting": 2}))
+            await g.until(lambda: "r0" in g.services.pool.stats)
+            for _ in range(4):
+                assert (await g.post("/v1/completions", REQUEST))[0] == 200
+            assert [len(r.submits) for r in routers] == [0, 4]
+
+    run(main())
+
+
+def test_a_router_that_answers_heartbeats_and_says_nothing_is_left(model, monkeypatch):
+    """Its process lives and its main loop hangs. One that reports goes on, however slow its tokens are."""
+    monkeypatch.setattr(router_link, "SILENCE_S", 2)
+    expected = expected_ids(model)
+
+    async def main():
+        hangs, works = FakeRouter("r0", hold_at=4), FakeRouter("r1", hold_at=0)
+        async with gateway(model, hangs) as g:
+            stream = asyncio.create_task(g.stream("/v1/completions", REQUEST))
+            await g.until(lambda: any(len(r.emitted) == 4 for r in g.services.journal.records()))
+            g.show(hangs, works)
+            await g.connected(2)
+            works.report_s = 0.2
+            await in_thread(works.wait, lambda r: r.submits)
+            assert works.submits[0].emitted == expected[:4]
+            await asyncio.sleep(3)  # more than the silence that is allowed
+            works.release()
+            assert streamed_ids(await stream) == expected
+            assert len(works.submits) == 1
+        works.kill()
 
     run(main())
 

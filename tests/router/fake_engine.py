@@ -5,6 +5,7 @@ block table really holds, so a block that is shared, lost or stale changes token
 import zlib
 
 from moering.protocol import Sampling
+from router.prefix_cache import PrefixCache
 from router.scheduler import Scheduler
 from router.sequence import Sequence
 from router.step_cost import StepCost
@@ -13,8 +14,8 @@ BLOCK, VOCAB = 4, 50
 
 
 class FakeBlocks:
-    def __init__(self, n):
-        self._free, self._n = set(range(n)), n
+    def __init__(self, n, prefixes):
+        self._free, self._n, self._prefixes = set(range(n)), n, prefixes
 
     @property
     def free_blocks(self):
@@ -23,11 +24,17 @@ class FakeBlocks:
     def allocate(self, n, after=None):
         assert 0 < n <= len(self._free)
         assert after is None or after not in self._free
-        return [self._free.pop() for _ in range(n)]
+        blocks = sorted(self._free, key=self._prefixes.last_use)[:n]
+        self._free -= set(blocks)
+        for block in blocks:
+            self._prefixes.forget(block)
+        return blocks
 
     def free(self, blocks):
         assert not self._free & set(blocks)
         self._free |= set(blocks)
+        for block in reversed(blocks):
+            self._prefixes.touch(block)
 
 
 def next_token(tokens):
@@ -38,9 +45,11 @@ class Engine:
     """The engine's loop around a scheduler; its forward writes and reads a cache by block table."""
 
     def __init__(self, blocks=100, seqs=8, batched=16, max_len=60, cost=None):
-        self.blocks = FakeBlocks(blocks)
-        self.scheduler = Scheduler(self.blocks, seqs, batched, BLOCK, max_len, cost or StepCost(), VOCAB)
         self.cache = {}  # (block, offset) -> token
+        self.prefixes = PrefixCache(BLOCK, self._copy)
+        self.blocks = FakeBlocks(blocks, self.prefixes)
+        self.scheduler = Scheduler(self.blocks, self.prefixes, seqs, batched, BLOCK, max_len, cost or StepCost(), VOCAB)
+        self.computed = 0  # rows of all forwards
         self.flying = []  # (batch, tokens) whose forward has not ended
 
     def start(self):
@@ -49,10 +58,16 @@ class Engine:
             self.flying.append((batch, [self._forward(item) for item in batch.items]))
         return batch
 
+    def _copy(self, source, destination):
+        for offset in range(BLOCK):
+            self.cache[destination, offset] = self.cache[source, offset]
+
     def _forward(self, item):
         s = item.sequence
+        self.computed += item.length
         for position, token in enumerate(s.tokens(item.start, item.length), item.start):
-            self.cache[s.block_table[position // BLOCK], position % BLOCK] = token
+            # What is not shareable is not what the tokens say.
+            self.cache[s.block_table[position // BLOCK], position % BLOCK] = token if s.shareable else VOCAB + token
         end = item.start + item.length
         return next_token([self.cache[s.block_table[p // BLOCK], p % BLOCK] for p in range(end)])
 

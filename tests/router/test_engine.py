@@ -5,6 +5,8 @@ import threading
 
 import pytest
 
+from moering import protocol
+from router import engine
 from tests import tiny
 from tests.router.mini_cluster import Client, MiniCluster, wait_for
 
@@ -160,10 +162,67 @@ def test_preempted_requests_get_the_same_tokens(cluster, client, reference):
 
 
 def test_an_abort_frees_everything(cluster, client):
-    from moering import protocol
-
     client.submit("long", PROMPTS["q1"], max_tokens=3000)
     client.until(lambda: len(client.tokens["long"]) >= 2)
     client.socket.send(protocol.encode(protocol.Abort("long", 0)))
     wait_for(lambda: cluster.engine.queued == 0)
     cluster.engine._scheduler.check_integrity()
+
+
+def test_a_prefix_from_the_cache_gives_the_bits_of_one_that_is_computed(cluster, client):
+    """Blocks of prompts and of decoded tokens."""
+    prompt = [5 + i * i % 300 for i in range(1030)]
+    client.submit("first", prompt, max_tokens=520)
+    client.until_ended(1)
+    later = [*prompt, *(t for t, _ in client.tokens["first"])]
+    assert len(later) // 512 == 3
+    client.submit("fresh", [7, *later])
+    client.submit("same", prompt)
+    client.submit("longer", later)
+    client.until_ended(4)
+    assert cluster.engine.counters()["prefix_tokens_reused"] == (2 + 3) * 512
+    assert client.tokens["same"] == client.tokens["first"][:16]
+    cluster.engine._scheduler.prefixes._enabled = False
+    cluster.engine._scheduler.prefixes._block_of.clear()
+    cluster.engine._scheduler.prefixes._entries.clear()
+    client.submit("computed", later)
+    client.until_ended(5)
+    assert cluster.engine.counters()["prefix_tokens_reused"] == (2 + 3) * 512
+    assert client.tokens["computed"] == client.tokens["longer"]
+    cluster.engine._scheduler.check_integrity()
+
+
+def test_a_dead_gateways_requests_are_ended_whether_they_decode_or_wait(cluster, client, reference, monkeypatch):
+    """Those that produce nothing, too: parked ones, and the next report of figures is far away."""
+    monkeypatch.setattr(engine, "REPORT_S", 1e9)
+    dead = Client(cluster.address)
+    dead.socket.send(protocol.encode(protocol.Hello("gateway", "g", 1, "", "")))
+    dead.receive()
+    dead.submit("hung", PROMPTS["q2"], max_tokens=3000)
+    client.submit("q1", PROMPTS["q1"])
+    client.until_ended(1)
+    for server in cluster.servers[:2]:
+        server.die()
+    wait_for(lambda: cluster.engine.gauges()["requests_parked"] == 1)
+    assert cluster.engine.gauges()["kv_blocks_in_use"] > 0
+    dead.socket.close()
+    wait_for(lambda: cluster.engine.queued == 0)
+    assert cluster.engine.gauges()["kv_blocks_in_use"] == cluster.engine.gauges()["requests_parked"] == 0
+    cluster.restart(0)
+    client.submit("q2", PROMPTS["q2"])
+    assert client.until_ended(2) == {name: reference[name] for name in ("q1", "q2")}
+
+
+def test_blocks_that_were_renormalized_are_not_shared(cluster, client):
+    prompt = [5 + i * i % 300 for i in range(600)]
+    cluster.servers[0].die()
+    cluster.servers[1].die()
+    client.submit("inexact", prompt, max_tokens=2, on_missing_expert="renormalize")
+    client.until_ended(1)
+    assert cluster.engine.counters()["tokens_renormalized"] > 0
+    assert len(cluster.engine._scheduler.prefixes) == 0
+    cluster.restart(0)
+    client.submit("exact", prompt, max_tokens=2)
+    client.until_ended(2)
+    assert cluster.engine.counters()["prefix_tokens_reused"] == 0
+    assert len(cluster.engine._scheduler.prefixes) == 1

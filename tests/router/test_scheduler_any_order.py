@@ -13,9 +13,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.engine = Engine(blocks=7, seqs=4, batched=8, max_len=24)
         self.wanted = []  # (sequence, its tokens without disturbance)
 
-    @rule(prompt=st.integers(1, 20), emitted=st.integers(0, 3), more=st.integers(1, 12))
-    def add(self, prompt, emitted, more):
-        s = make(prompt=prompt, max_tokens=emitted + more)
+    @rule(
+        prompt=st.integers(1, 20), kind=st.sampled_from((0, 0, 1, None)), emitted=st.integers(0, 3),
+        more=st.integers(1, 12),
+    )  # fmt: skip
+    def add(self, prompt, kind, emitted, more):
+        """`kind`: prompts of the same one begin alike; None: like no other one."""
+        s = make(prompt=prompt if kind is None else [kind + i % 7 for i in range(prompt)], max_tokens=emitted + more)
         whole = expected_output(s, max_len=24)
         s.output = whole[:emitted]
         if len(whole) > emitted:
@@ -38,9 +42,17 @@ class AnyOrder(RuleBasedStateMachine):
             found = self.engine.scheduler.abort(s.request_id, s.attempt)
             assert (found is s) == (s.finish_reason is None)
 
+    @rule(pick=st.integers(0, 9))
+    def renormalize(self, pick):
+        """From here on its keys and values are not those of its tokens; its own tokens are nobody's business."""
+        if self.wanted:
+            s, _ = self.wanted.pop(pick % len(self.wanted))
+            s.shareable = False
+
     @invariant()
     def books_add_up(self):
         self.engine.scheduler.check_integrity()
+        self.engine.prefixes.check_integrity()
 
     def teardown(self):
         while self.engine.flying:
