@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from functools import partial
 
 import pytest
 
@@ -148,6 +149,10 @@ def test_requests_go_to_the_router_with_the_least_work(model):
     run(main())
 
 
+def emitted(g, count: int) -> bool:
+    return sum(len(r.emitted) for r in g.services.journal.records()) == count
+
+
 def test_requests_that_begin_alike_go_to_one_router_while_its_load_allows(model):
     model = dataclasses.replace(model, context_tokens=1024)
     alike = {**REQUEST, "prompt": [10] * 512 + [5, 6]}
@@ -165,7 +170,7 @@ def test_requests_that_begin_alike_go_to_one_router_while_its_load_allows(model)
             tasks = []
             for count in range(1, 7):
                 tasks.append(asyncio.create_task(g.stream("/v1/completions", alike)))
-                await g.until(lambda count=count: sum(len(r.emitted) for r in g.services.journal.records()) == count)
+                await g.until(partial(emitted, g, count))
             assert (len(first.submits), len(other.submits)) == (3 + 3, 3)  # since its first it has the prefix, too
             for router in routers:
                 router.release()
