@@ -216,6 +216,9 @@ class Exchange:
             return
         if d is None:
             return
+        if not d.wanted:
+            self._do(self.dispatcher.replied(d, self._clock()))
+            return
         _, _, output = self._micro_batches[d.work].expert_arrays()
         if reply.dtype != "float32" or reply.shape[1] != output.shape[1]:
             self._lose(connection, f"a reply of {reply.dtype} {reply.shape}", REFUSED_RETRY_S)

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
+
+
+class Role(Enum):
+    """What becomes of the reply to a dispatch."""
+
+    OWNER = "owner"
+    """Its slots are its own, save those that a hedge answers first."""
+    HEDGE = "hedge"
+    """It runs against a late owner for some of that one's slots."""
+    PROBE = "probe"
+    """It only shows how fast a server is by now: the reply is dropped."""
+    DROPPED = "dropped"
+    """Others have answered; what the server still owes counts against its credit."""
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +35,24 @@ class Dispatch:
     local_rows: np.ndarray  # uint16 [pairs], index into `rows`
     prefill: bool
     deaths: int
+    distinct_experts: int = 0
+    role: Role = Role.OWNER
     open: np.ndarray | None = None  # int64, the pairs that still wait for this reply; None: all of them
+    original: Dispatch | None = None  # of a hedge
+    hedges: tuple[Dispatch, ...] = ()  # of an owner
+    expected_s: float = 0.0  # what it should take
+    before_s: float = 0.0  # and what its server had to do before, when it was sent
+    sent_s: float = float("inf")
+    due_s: float = float("inf")  # late after this
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any slot waits for this reply."""
+        return self.open is None or len(self.open) > 0
+
+    def open_slots(self) -> np.ndarray:
+        """The slots that wait for this reply."""
+        return self.slots if self.open is None else self.slots[self.open]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +85,7 @@ Instruction = Send | Complete | Poisoned
 class Counters:
     """What the router reports of its dispatches; all counts since its start."""
 
-    dispatches: int = 0
+    dispatches: int = 0  # without hedges and probes
     rows: int = 0
     dispatches_lost: int = 0
     rows_lost: int = 0
@@ -62,3 +93,11 @@ class Counters:
     not_here: int = 0
     stale_replies: int = 0
     servers_lost: int = 0
+    servers_late: int = 0  # times that a server was found late
+    servers_ejected: int = 0  # times that one was found slow
+    hedges: int = 0
+    hedged_rows: int = 0
+    hedges_won: int = 0  # faster than what they were sent against
+    dropped_rows: int = 0  # of replies that others were faster with
+    probes: int = 0
+    probe_rows: int = 0

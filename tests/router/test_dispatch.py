@@ -159,7 +159,7 @@ def test_a_row_that_kills_is_found_and_ended_and_its_batch_mates_are_not():
     queue = sends(d.submit(1, 0, np.zeros((8, 1), int), None, False, 0.0))
     while queue:
         x = queue.pop(0)
-        if x.seq not in d._outstanding:
+        if x.seq not in d.outbox.unanswered:
             continue
         if poison in x.rows:
             deaths += 1
@@ -262,7 +262,7 @@ def test_every_slot_is_answered_exactly_once_or_reported(seed):
         unanswered |= {s for s in range(state["ids"].size) if s // 2 in state["poisoned"] and not c.answers[work][s]}
         for slot, times in enumerate(c.answers[work]):
             assert times == (slot not in unanswered), f"slot {slot} of work {work} was answered {times} times"
-    assert not c.d._outstanding
+    assert not c.d.outbox.unanswered
 
 
 @pytest.mark.parametrize("losses", [1, 2])
