@@ -1,0 +1,192 @@
+"""An expert server: the real residency, grouping and reading of the plan around arithmetic that costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from expert_server import batching
+from expert_server.batching import Group, Request
+from expert_server.loader import REPORT_S, targets
+from expert_server.residency import Key, Residency
+from moering.protocol import Dispatch, Failed, Held, Hello, NotHere, Reply, View, Welcome
+from tests.simulation.arithmetic import P, coefficients
+from tests.simulation.member import Member
+from tests.simulation.network import End
+
+if TYPE_CHECKING:
+    from tests.simulation.cluster import Cluster
+
+PROBE_S = 0.3  # import and self-probe of a starting process
+
+
+class ExpertServer(Member):
+    """Serves, loads and drops on virtual time."""
+
+    kind = "expert-server"
+
+    def __init__(self, cluster: Cluster, server_id: str, incarnation: int) -> None:
+        super().__init__(cluster, server_id, incarnation)
+        self.state = "JOINING"
+        self.residency = Residency()
+        self.slowness = 1.0
+        size = cluster.size
+        self._limits = (size.layers, size.experts, 1, size.max_pairs)
+        self._a, self._b = coefficients(size.layers, size.experts)
+        self._waiting: list[Request] = []
+        self._busy = False
+        self._loading: Iterator[float] | None = None
+        self.after(PROBE_S, self.join)
+
+    # --- membership ---
+
+    @property
+    def capacity(self) -> int:
+        """Replicas that fit."""
+        return self.cluster.size.capacity
+
+    def held(self) -> bytes:
+        """Packed keys."""
+        return self.residency.report()[0]
+
+    def drain(self) -> None:
+        """Ask to be emptied."""
+        if self.state == "ONLINE":
+            self.state = "DRAINING"
+            self.renew()
+
+    def undrain(self) -> None:
+        """Take part again."""
+        if self.state == "DRAINING":
+            self.state = "ONLINE"
+            self.renew()
+
+    def _report(self) -> None:
+        self.session.send(Held(self.name, self.incarnation, *self.residency.report()))
+        self.renew()
+
+    # --- loading; the order of things is that of `expert_server.loader.Loader` ---
+
+    def view_changed(self, view: View) -> None:
+        """Follow the plan."""
+        if self._loading is None:
+            self._load_next(self._load(), idle=True)
+
+    def _load_next(self, steps: Iterator[float], *, idle: bool = False) -> None:
+        if idle:
+            self._loading = steps
+        pause_s = next(steps, None)
+        if pause_s is None:
+            self._loading = None
+        else:
+            self.after(pause_s * self.slowness, self._load_next, steps)
+
+    def _load(self) -> Iterator[float]:
+        """Bring memory in line with the newest view; yields how long each step takes."""
+        done: View | None = None
+        while done is not self.view:
+            done = self.view
+            if self.state == "JOINING" and self.name not in done.servers:
+                continue
+            finished = yield from self._reconcile(done)
+            if finished and self.state == "JOINING":
+                self.state = "ONLINE"
+                self._report()
+
+    def _reconcile(self, view: View) -> Iterator[float]:
+        online = self.state != "JOINING"
+        wanted, orphans = targets(view, self.name)
+        held = self.residency.keys()
+        for key in sorted(held - wanted.keys()):
+            self.cluster.oracle.dropping(self, key)
+            self.residency.drop(key)
+        if held - wanted.keys():
+            self._report()
+        missing = sorted(wanted.keys() - held, key=lambda key: (key not in orphans, key))
+        reported_s = self.world.now_s
+        for n, key in enumerate(missing, 1):
+            if self._is_outdated(view, orphans):
+                self._report()
+                return False
+            load_s = self.cluster.load_s()
+            yield load_s
+            layer, expert = key
+            weights = int(self._a[layer, expert]), int(self._b[layer, expert])
+            self.residency.add(key, weights, b"%08d" % (layer << 16 | expert))
+            last_orphan = key in orphans and (n == len(missing) or missing[n] not in orphans)
+            if n == len(missing) or (online and (last_orphan or self.world.now_s - reported_s > REPORT_S)):
+                self._report()
+                reported_s = self.world.now_s
+            if online and key not in orphans:
+                yield load_s
+        return True
+
+    def _is_outdated(self, view: View, orphans: set[Key]) -> bool:
+        if self.view is view:
+            return False
+        wanted, new_orphans = targets(self.view, self.name)
+        return wanted != targets(view, self.name)[0] or not new_orphans <= orphans
+
+    # --- serving ---
+
+    def received(self, end: End, message: Any) -> None:
+        """A control message, or one of a router: (message, tensor)."""
+        if self.is_control(end):
+            super().received(end, message)
+            return
+        message, tensor = message
+        if isinstance(message, Hello):
+            size = self.cluster.size
+            end.send((Welcome(self.name, self.incarnation, size.credit_rows, size.max_pairs), None))
+        elif isinstance(message, Dispatch):
+            request = batching.parse(b"", message, tensor, self._limits)
+            if isinstance(request, str):
+                end.send((Failed(f"{message.router}/{message.seq}", 0, "bad_request", request), None))
+                return
+            self._waiting.append((end, request))
+            self.queued = len(self._waiting)
+            if not self._busy:
+                self._turn()
+
+    def _turn(self) -> None:
+        """One turn of the compute thread: take what is there, group it, compute, answer."""
+        self.progress += 1
+        self._busy = bool(self._waiting)
+        if not self._busy:
+            self.queued = 0
+            return
+        waiting, self._waiting = self._waiting, []
+        ends = {id(request): end for end, request in waiting}
+        replies: list[tuple[End, Reply, np.ndarray]] = []
+        for group in batching.group([request for _, request in waiting], self.cluster.size.max_pairs):
+            self._answer(group, ends, replies)
+        self.after(self.cluster.compute_s() * self.slowness, self._reply, replies)
+
+    def _answer(self, group: Group, ends: dict[int, End], replies: list) -> None:
+        layer = group.requests[0].message.layer
+        missing = {e for e in group.experts if self.residency.get(layer, e) is None}
+        if missing:
+            rest = []
+            for r in group.requests:
+                if missing.isdisjoint(r.experts):
+                    rest.append(r)
+                else:
+                    epoch = 0 if self.view is None else self.view.epoch
+                    ends[id(r)].send((NotHere(r.message.router, r.message.seq, self.incarnation, epoch), None))
+            for smaller in batching.group(rest, self.cluster.size.max_pairs):
+                self._answer(smaller, ends, replies)
+            return
+        hidden = np.concatenate([r.hidden for r in group.requests])[:, 0].astype(np.int64)
+        experts = np.repeat(group.experts, group.counts)
+        out = (self._a[layer, experts] * hidden[group.rows] + self._b[layer, experts]) % P
+        parts = batching.split(group, out.astype(np.float32)[:, None])
+        for r, part in zip(group.requests, parts, strict=True):
+            m = r.message
+            replies.append((ends[id(r)], Reply(m.router, m.seq, self.incarnation, 0, "float32", [len(part), 1]), part))
+
+    def _reply(self, replies: list[tuple[End, Reply, np.ndarray]]) -> None:
+        for end, reply, rows in replies:
+            end.send((reply, rows))
+        self._turn()
