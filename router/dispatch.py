@@ -152,15 +152,19 @@ class Dispatcher:
 
     def routable(self, layer: int, experts: np.ndarray, now_s: float) -> np.ndarray:
         """Which of these experts of a layer have a live replica now: bool [n]."""
-        return self.routes.now(now_s)[layer, experts] >= 0
+        routes = self.routes.now(now_s)
+        return routes[layer, experts] >= 0 if len(routes) else np.zeros(len(experts), bool)
 
     # --- the inside, also for `Watch` ---
 
     def _send(self, work: int, slots: np.ndarray | None, deaths: int, now_s: float) -> list[Instruction]:
         """Dispatch these slots of a work to the servers of their experts; those without one become `missing`."""
-        w = self.works[work]
+        w, routes = self.works[work], self.routes.now(now_s)
+        if not len(routes):  # no plan yet: a gateway heard of this router before this router of the plan
+            w.missing.append(np.arange(len(w.experts)) if slots is None else slots)
+            return []
         instructions: list[Instruction] = []
-        for packet in pack(slots, w.experts, self.routes.now(now_s)[w.layer], w.top_k):
+        for packet in pack(slots, w.experts, routes[w.layer], w.top_k):
             if packet.server < 0:
                 w.missing.append(packet.slots)
                 continue

@@ -184,6 +184,14 @@ def test_two_deaths_of_holders_end_no_innocent_lone_row():
     assert list(done.missing) == [0]
 
 
+def test_rows_that_come_before_the_first_plan_wait_for_it():
+    d = Dispatcher()
+    (done,) = d.submit(1, 0, np.array([[0, 1]]), None, False, 0.0)
+    assert isinstance(done, Complete)
+    assert list(done.missing) == [0, 1]
+    assert not d.routable(0, np.array([0, 1]), 0.0).any()
+
+
 class Cluster:
     """A random run: any order of replies, losses, returns, refusals and new plans. Every slot ends up answered once."""
 
