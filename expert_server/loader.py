@@ -52,8 +52,11 @@ class Loader:
         """Drop and load until memory matches the plan of `view`. False if a newer view cut it short.
 
         `online`: report on the way, and rest between experts as long as one took, since requests are being served;
-        not for orphans. A server that is not online yet reports once, when it has everything.
+        not for orphans. A server that is not online yet reports once, when it has everything. A view that does not
+        know this server says nothing about what it should hold.
         """
+        if self._server_id not in view.servers:
+            return True
         wanted, orphans = targets(view, self._server_id)
         held = self._residency.keys()
         for key in sorted(held - wanted.keys()):

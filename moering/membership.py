@@ -113,8 +113,9 @@ class Membership:
         if old is not None and old.info.incarnation != info.incarnation:
             self._bury(old, "a new incarnation registered", proven=True, now_s=now_s)
         self.roster.records[info.server_id] = Record(
-            info, sender, now_s + self.rules.lease_s, progress_at_s=now_s, expert_bytes=register.expert_bytes
-        )
+            info, sender, now_s + self.rules.lease_s, progress_at_s=now_s, expert_bytes=register.expert_bytes,
+            view_sent_s=now_s,  # the view of before does not name it; the next one is on its way
+        )  # fmt: skip
         logger.info("%s %s registered (pid %d, %s)", info.kind, info.server_id, info.pid, info.state)
         self._event("member.registered", info.server_id, f"pid {info.pid}, {info.state}", now_s)
         if info.kind == "expert-server":
@@ -149,7 +150,7 @@ class Membership:
         record = self.roster.known(lease.server_id, lease.incarnation)
         if lease.state not in STATES:
             raise ProtocolError(f"lease: state {lease.state!r:.40} is not one of {', '.join(STATES)}")
-        if record is None:
+        if record is None or sender != record.identity:  # over another connection: what was sent last may be lost
             return [Send(sender, Unknown(self.term))]
         if lease.loads and self._popularity is not None:
             self._popularity.add(lease.loads, now_s)

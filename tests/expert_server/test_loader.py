@@ -1,5 +1,7 @@
 """The loader brings memory into line with the plan: orphans first, and never drops what the plan still wants."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from expert_server.loader import Loader, targets
@@ -61,6 +63,13 @@ def test_a_newer_plan_cuts_loading_short():
 
 def test_a_server_that_the_plan_does_not_know_loads_nothing():
     assert targets(view({(0, 0)}), "stranger") == ({}, set())
+
+
+def test_a_view_that_does_not_know_the_server_takes_nothing_from_it():
+    f = Fixture()
+    f.follow(view({(0, 1), (1, 2)}))
+    assert f.follow(replace(view(set(), epoch=2), servers=["other", "another"]))
+    assert f.residency.keys() == {(0, 1), (1, 2)}
 
 
 def test_the_report_is_sorted_and_carries_a_digest_each():

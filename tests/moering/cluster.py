@@ -68,10 +68,11 @@ class Member:
     acknowledged: tuple[int, int] = (0, 0)
     silent: bool = False
     address: str = "tcp://127.0.0.1:9"
+    connection: int = 1
 
     @property
     def identity(self) -> bytes:
-        return f"{self.server_id}.{self.incarnation}".encode()
+        return f"{self.server_id}.{self.incarnation}.{self.connection}".encode()
 
     @property
     def pid(self) -> int:

@@ -108,3 +108,31 @@ def test_an_unknown_member_is_asked_to_register() -> None:
     assert [type(a.message) for a in c.handle(b"x", Member("gateway", "g").register(), 1.0) if isinstance(a, Send)] == [
         Registered
     ]
+
+
+def test_a_server_that_was_given_up_is_not_sent_the_view_without_it() -> None:
+    c = running(3)
+    back = c.members["e1"]
+    back.silent = True
+    c.run(12)
+    assert "e1" not in c.view.servers
+    held = set(back.held)
+    c.send(back, back.register())
+    c.send(back, back.lease())  # before the next tick
+    back.silent = False
+    assert back.view is not None and "e1" in back.view.servers  # the last one that it has taken
+    assert back.held == held
+    c.run(1)
+    assert "e1" in c.view.servers
+
+
+def test_over_a_new_connection_a_member_registers_again_with_what_it_holds() -> None:
+    c = running(3)
+    m = c.members["e1"]
+    c.send(m, replace(m.report(), held=b"", digests=b""))  # as if its last report was lost with the connection
+    c.run(1)
+    assert c.view.failures_survivable == 0
+    m.connection = 2
+    c.run(3)
+    assert c.view.failures_survivable == 1
+    assert of(c.view, "routing", "e1") == m.held
