@@ -10,6 +10,8 @@ from moering.protocol import Lease, MemberInfo
 
 SUSPECTED_S = 3.0
 """A majority of routers must have suspected a server for this long."""
+LATE_S = 2.5
+"""A member that did not renew for so long has missed two renewals."""
 BRAKE_COUNT, BRAKE_SHARE = 3, 0.3
 """At least so many, and more than this share, looking dead without proof: rather we are cut off than they are dead."""
 
@@ -67,22 +69,30 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Who looks dead without proof, with the reason; and whom the coordinator should ask itself."""
+    """Who looks dead without proof, with the reason; and whom the coordinator should ask itself.
+
+    `late` are those on the way there. They count for the brake: when a coordinator is cut off, leases lapse one after
+    the other, not all in one moment.
+    """
 
     dead: Mapping[str, str]
+    late: tuple[Record, ...]
     probe: tuple[Record, ...]
 
 
-def examine(records: Iterable[Record], now_s: float) -> Evidence:
-    """Judge all members by their leases and by the routers' suspicions."""
+def examine(records: Iterable[Record], lease_s: float, now_s: float) -> Evidence:
+    """Judge all members by their leases, of `lease_s` each, and by the routers' suspicions."""
     alive = [r for r in records if r.alive]
     dead = {r.info.server_id: "its lease lapsed" for r in alive if r.lease_until_s < now_s}
+    late = [r for r in alive if r.lease_until_s - lease_s < now_s - LATE_S]
     routers = [r for r in alive if r.info.kind == "router" and r.info.server_id not in dead]
     probe = []
     for record in alive:
         server_id = record.info.server_id
         if record.info.kind != "expert-server" or server_id in dead or now_s < record.busy_until_s:
             continue
+        if 2 * sum(server_id in r.suspects for r in routers) > len(routers):
+            late.append(record)
         votes = sum(now_s - r.suspects.get(server_id, now_s) >= SUSPECTED_S for r in routers)
         if 2 * votes <= len(routers) or not votes:
             record.silent = False
@@ -90,12 +100,13 @@ def examine(records: Iterable[Record], now_s: float) -> Evidence:
             dead[server_id] = f"{votes} of {len(routers)} routers suspect it"
         elif now_s - record.probed_s >= SUSPECTED_S:
             probe.append(record)
-    return Evidence(dead, tuple(probe))
+    gone = {r.info.server_id: r for r in late if r.info.server_id not in dead}
+    return Evidence(dead, tuple(gone.values()), tuple(probe))
 
 
-def braked(dead: Iterable[Record], records: Iterable[Record]) -> set[str]:
+def braked(gone_or_late: Iterable[Record], records: Iterable[Record]) -> set[str]:
     """The kinds of which too many look dead at once to believe it; all kinds where it is too many of all processes."""
-    gone = Counter(r.info.kind for r in dead)
+    gone = Counter(r.info.kind for r in gone_or_late)
     all_ = Counter(r.info.kind for r in records if r.alive)
     if _too_many(gone.total(), all_.total()):
         return set(gone)

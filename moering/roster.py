@@ -75,9 +75,9 @@ class Roster:
 
     def judge(self, now_s: float) -> Verdict:
         """Who is dead by lease and suspicion, with the brake applied to each kind of process."""
-        evidence = examine(self.records.values(), now_s)
+        evidence = examine(self.records.values(), self._rules.lease_s, now_s)
         dead = [self.records[i] for i in evidence.dead]
-        held_back = braked(dead, self.records.values())
+        held_back = braked([*dead, *evidence.late], self.records.values()) & {r.info.kind for r in dead}
         for kind in held_back - self._braked:
             logger.warning("many of kind %s look dead without proof (%s); forgetting none", kind, evidence.dead)
         self._braked = held_back

@@ -134,6 +134,7 @@ class Cluster:
 
     def __init__(self, *members: Member, **rules: float) -> None:
         self.now_s = 100.0
+        self.stagger_s = 0.0  # between the renewals of one member and those of the next
         self.rules = Rules(**{"expert_servers": 0, **rules})  # type: ignore[arg-type]
         self.members = {m.server_id: m for m in members}
         self.probes: list[Probe] = []
@@ -178,8 +179,8 @@ class Cluster:
     def run(self, seconds: float) -> None:
         for _ in range(round(seconds * 10)):
             self.now_s = round(self.now_s + 0.1, 3)
-            if abs(self.now_s % 1.0) < 0.05:
-                for member in list(self.members.values()):
+            for number, member in enumerate(list(self.members.values())):
+                if abs((self.now_s - self.stagger_s * number) % 1.0) < 0.05:
                     self.renew(member)
             self.act(self.coordinator.tick(self.now_s))
 

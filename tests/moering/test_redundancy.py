@@ -203,6 +203,27 @@ def test_a_coordinator_that_is_cut_off_forgets_nobody_of_any_kind() -> None:
     assert set(c.states().values()) == {"ONLINE"}
 
 
+def test_leases_that_lapse_one_after_the_other_are_braked_too() -> None:
+    c = running(3, routers=0)
+    c.stagger_s = 0.2
+    c.run(3)
+    for server_id in ("e0", "e1", "e2"):
+        c.members[server_id].silent, c.members[server_id].loading = True, False
+    c.run(30)
+    assert set(c.states().values()) == {"ONLINE"}
+    assert c.view.orphans == 0
+
+
+def test_servers_suspected_one_after_the_other_are_braked_too() -> None:
+    c = running(4, routers=3)
+    for n in range(3):
+        for router in ("r0", "r1"):
+            c.members[router].suspects.append(f"e{n}")
+        c.run(1)
+    c.run(10)
+    assert set(c.states().values()) == {"ONLINE"}
+
+
 def test_the_brake_of_one_kind_does_not_hold_another() -> None:
     c = running(12)
     for server_id in ("e0", "e1", "e2", "e3"):
