@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class ExpertServer(Member):
         size = cluster.size
         self._limits = (size.layers, size.experts, 1, size.max_pairs)
         self._a, self._b = coefficients(size.layers, size.experts)
-        self._waiting: list[Request] = []
+        self._waiting: list[tuple[End, Request]] = []
         self._busy = False
         self._loading: Iterator[float] | None = None
         self.after(PROBE_S, self.join)
@@ -88,14 +88,14 @@ class ExpertServer(Member):
         done: View | None = None
         while done is not self.view:
             done = self.view
-            if self.state == "JOINING" and self.name not in done.servers:
+            if self.name not in done.servers:
                 continue
             finished = yield from self._reconcile(done)
             if finished and self.state == "JOINING":
                 self.state = "ONLINE"
                 self._report()
 
-    def _reconcile(self, view: View) -> Iterator[float]:
+    def _reconcile(self, view: View) -> Generator[float, None, bool]:
         online = self.state != "JOINING"
         wanted, orphans = targets(view, self.name)
         held = self.residency.keys()

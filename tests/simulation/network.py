@@ -1,8 +1,8 @@
 """A network on virtual time: connections that keep their order, and everything that can happen to them.
 
-Messages of one connection arrive in order, those of different ones in any. A cut holds messages back, as TCP does, until
-it ends or until an end that hears nothing for its heartbeat time gives the connection up. A killed process's kernel
-delivers what was sent and then closes; a stopped one is silent.
+Messages of one connection arrive in order, those of different ones in any. A cut holds messages back, as TCP does,
+until it ends or until an end that hears nothing for its heartbeat time gives the connection up. A killed process's
+kernel delivers what was sent and then closes; a stopped one is silent.
 """
 
 from __future__ import annotations

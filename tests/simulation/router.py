@@ -40,6 +40,7 @@ class Router(Member):
         self._flights: dict[int, Flight] = {}
         self._poisoned: dict[int, list[np.ndarray]] = {}
         self._next_work = 0
+        self._judge_at_s = float("inf")
         self.join()
         self.after(LOOK_S, self._look)
 
@@ -155,7 +156,8 @@ class Router(Member):
         d = self.dispatcher.find(end.label.server_id, reply.incarnation, reply.seq, reply.shape[0])
         if d is not None:
             self.cluster.oracle.accepted_reply(self, end.label.incarnation, reply)
-            self._flights[d.work].add(d.slots, tensor)
+            slots, rows = (d.slots, tensor) if d.open is None else (d.slots[d.open], tensor[d.open])
+            self._flights[d.work].add(slots, rows)
             self._do(self.dispatcher.replied(d, self.world.now_s))
 
     def _do(self, instructions: list[Instruction]) -> None:
@@ -169,6 +171,18 @@ class Router(Member):
                 flight = self._flights.pop(i.work)
                 # Not at once: the engine may be in the middle of something that this would change.
                 self.after(0.0, self.engine.advance, flight, i.missing, np.concatenate(poisoned))
+
+        if self.dispatcher.due_s < self._judge_at_s:
+            self._judge_at_s = self.dispatcher.due_s
+            self.after(max(0.0, self._judge_at_s - self.world.now_s), self._judge)
+
+    def _judge(self) -> None:
+        """What has arrived was taken in already: judge what is late."""
+        self._judge_at_s = float("inf")
+        if self.world.now_s >= self.dispatcher.due_s:
+            self._do(self.dispatcher.tick(self.world.now_s))
+        else:
+            self._do([])
 
     def _send(self, send: Send) -> None:
         d = send.dispatch
