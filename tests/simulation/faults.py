@@ -157,8 +157,9 @@ def _zombie(cluster: Cluster, fault: Fault) -> None:
                 rows = np.full((len(d.slots), 1), 1.0, np.float32)
                 reply = Reply(router.incarnation, d.seq, old, 0, "float32", [len(rows), 1])
                 router.do(router.take, end, reply, rows)
-                wrong = Reply(router.incarnation, d.seq, end.label.incarnation, 0, "float32", [len(rows) + 1, 1])
-                router.do(router.take, end, wrong, np.full((len(rows) + 1, 1), 1.0, np.float32))
+                if fault.dice % 2:  # and garbage in the place of the living one
+                    wrong = replace(reply, incarnation=end.label.incarnation, shape=[len(rows) + 1, 1])
+                    router.do(router.take, end, wrong, np.ones((len(rows) + 1, 1), np.float32))
 
 
 def _stale(cluster: Cluster, fault: Fault) -> None:

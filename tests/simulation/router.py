@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moering.errors import ProtocolError
 from moering.protocol import Abort, Failed, Hello, MemberInfo, NotHere, Refused, Reply, Submit, View, Welcome
 from moering.protocol import Dispatch as DispatchMessage
 from router.dispatch import Dispatcher
@@ -153,7 +154,12 @@ class Router(Member):
             self._lose(end, REFUSED_RETRY_S)
 
     def _put(self, end: End, reply: Reply, tensor: np.ndarray) -> None:
-        d = self.dispatcher.find(end.label.server_id, reply.incarnation, reply.seq, reply.shape[0])
+        try:
+            d = self.dispatcher.find(end.label.server_id, reply.incarnation, reply.seq, reply.shape[0])
+        except ProtocolError:
+            self.cluster.oracle.counts["blows"] += 1
+            self._lose(end, REFUSED_RETRY_S)
+            return
         if d is not None:
             self.cluster.oracle.accepted_reply(self, end.label.incarnation, reply)
             slots, rows = (d.slots, tensor) if d.open is None else (d.slots[d.open], tensor[d.open])
