@@ -150,10 +150,12 @@ class Membership:
         record = self.roster.known(lease.server_id, lease.incarnation)
         if lease.state not in STATES:
             raise ProtocolError(f"lease: state {lease.state!r:.40} is not one of {', '.join(STATES)}")
-        if record is None or sender != record.identity:  # over another connection: what was sent last may be lost
+        if record is None:
             return [Send(sender, Unknown(self.term))]
         if lease.loads and self._popularity is not None:
             self._popularity.add(lease.loads, now_s)
+        if sender != record.identity:  # over another connection: what was sent last over the old one may be lost
+            return [Send(sender, Unknown(self.term))]
         was, acknowledged, suspected = record.info.state, record.acknowledged, set(record.suspects)
         record.renew(sender, lease, self.rules.lease_s, now_s)
         self._dirty |= acknowledged != lease.epoch

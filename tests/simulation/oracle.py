@@ -13,7 +13,7 @@ import numpy as np
 from expert_server.residency import Key
 from gateway.journal import Event, Failure
 from moering.protocol import Lease, Reply, View
-from router.dispatch import POISON_DEATHS
+from router.quarantine import POISON_DEATHS
 from tests.simulation.arithmetic import reference
 from tests.simulation.world import Violation
 
