@@ -162,6 +162,9 @@ class Router(Member):
             return
         if d is not None:
             self.cluster.oracle.accepted_reply(self, end.label.incarnation, reply)
+            if not d.wanted:
+                self._do(self.dispatcher.replied(d, self.world.now_s))
+                return
             slots, rows = (d.slots, tensor) if d.open is None else (d.slots[d.open], tensor[d.open])
             self._flights[d.work].add(slots, rows)
             self._do(self.dispatcher.replied(d, self.world.now_s))
