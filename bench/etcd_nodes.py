@@ -44,13 +44,14 @@ class Node:
         self.name, self.port, self.peer_port = f"n{number}", free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.peer = f"{self.name}=http://127.0.0.1:{self.peer_port}"
+        self.data = directory / self.name
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, cluster: Sequence[Node]) -> None:
         """Start the process, with the data that are there."""
         peer_url = self.peer.partition("=")[2]
-        argv = [binary(), "--name", self.name, "--data-dir", str(self._directory / self.name), "--log-level", "error"]
+        argv = [binary(), "--name", self.name, "--data-dir", str(self.data), "--log-level", "error"]
         argv += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
         argv += ["--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url]
         argv += ["--initial-cluster", ",".join(n.peer for n in cluster)]

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import zmq
+
+from moering import protocol, transport
+from moering.exit_reports import ExitReports
+from moering.leader import Seat
+from moering.protocol import ProvenExit
+
+
+class Moving:
+    """A finder whose seat the test changes."""
+
+    def __init__(self) -> None:
+        self.seat: Seat | None = None
+
+    def start(self, changed: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def received(socket: zmq.Socket[bytes], count: int) -> list[ProvenExit]:
+    messages = []
+    for _ in range(count):
+        assert socket.poll(5000), messages
+        messages.append(protocol.decode(socket.recv_multipart()[1:])[0])
+    return messages
+
+
+def test_a_new_coordinator_hears_of_the_exits_before_it(tmp_path: Path) -> None:
+    coordinator, exits = Moving(), [ProvenExit("e0", 1, -9), ProvenExit("e1", 2, 0), ProvenExit("e2", 3, 1)]
+    reports = ExitReports(coordinator)
+    sockets = [transport.make_socket(zmq.ROUTER) for _ in range(2)]
+    first, second = (Seat(transport.bind(s, f"ipc://{tmp_path}/{i}"), i) for i, s in enumerate(sockets))
+    try:
+        reports.follow()
+        reports.send(exits[0])  # nobody is elected yet
+        coordinator.seat = first
+        reports.follow()
+        reports.send(exits[1])
+        assert received(sockets[0], 2) == exits[:2]
+        coordinator.seat = second
+        reports.follow()
+        reports.follow()
+        reports.send(exits[2])
+        assert received(sockets[1], 3) == exits
+        assert not sockets[0].poll(0) and not sockets[1].poll(0)
+    finally:
+        reports.close()
+        for s in sockets:
+            s.close()
