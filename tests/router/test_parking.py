@@ -9,9 +9,10 @@ from bench.local_experts import LocalExperts
 from moering.checkpoint import Checkpoint
 from router.attention_plan import SequenceChunk
 from router.exchange import Exchange
+from router.kv_cache import BLOCK_SIZE
 from router.missing import leave_out
 from tests import tiny
-from tests.router.decoding import Model
+from tests.router.decoding import Model, random_tokens
 from tests.router.mini_cluster import Client, MiniCluster, wait_for
 
 # a compute thread that "dies" ends with SystemExit
@@ -170,3 +171,20 @@ def test_a_router_that_has_not_met_all_servers_yet_decides_nothing(cluster, clie
     assert set(client.failures) == {f"fail {name}" for name in PROMPTS}
     for name, prompt in PROMPTS.items():
         assert ids(client, f"go on {name}") == greedy(checkpoint, prompt, [(0 - layer) % 8 for layer in range(3)])
+
+
+def test_what_was_renormalized_is_no_prefix_for_others(cluster, client, checkpoint):
+    prompt = random_tokens(BLOCK_SIZE + 8, seed=5)
+    cluster.servers[0].die()
+    wait_for(lambda: "e0" in cluster.exchange.suspects)
+    client.submit("first", prompt, on_missing_expert="renormalize")
+    client.until_ended(1)
+    assert client.renormalized["first"] > 0
+    cluster.restart(0)
+    for name in ("second", "third"):
+        client.submit(name, prompt)
+        client.until(lambda name=name: name in client.finished)
+    assert cluster.engine.counters()["prefix_tokens_reused"] == BLOCK_SIZE, "the third has what the second computed"
+    assert client.tokens["second"] == client.tokens["third"] != client.tokens["first"]
+    model = model_without(checkpoint, [-1] * 3)
+    assert ids(client, "second") == model.greedy(prompt, STEPS, [0, 1])
