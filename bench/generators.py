@@ -59,7 +59,10 @@ class Transformers:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(dataclasses.asdict(request)) + "\n")
         self._process.stdin.flush()
-        answer = Answer(**await asyncio.to_thread(self._read))
+        content = await asyncio.to_thread(self._read)
+        if "error" in content:
+            raise MoeringError(f"transformers: {content['error']}")
+        answer = Answer(**content)
         if {len(o) for o in answer.outputs} != {tokens}:
             raise MoeringError("transformers generated another number of tokens than it was asked for")
         return answer
@@ -73,9 +76,9 @@ class Transformers:
 
 
 @contextlib.contextmanager
-def transformers(checkpoint: Path, dtypes: Sequence[str], log: Path) -> Iterator[Transformers]:
+def transformers(checkpoint: Path, dtypes: Sequence[str], log: Path, device: str = "cpu") -> Iterator[Transformers]:
     """Start the process and wait until it has loaded the checkpoint."""
-    argv = [sys.executable, "-m", "bench.transformers_worker", str(checkpoint), *dtypes]
+    argv = [sys.executable, "-m", "bench.transformers_worker", str(checkpoint), device, *dtypes]
     with log.open("wb") as output:
         process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,

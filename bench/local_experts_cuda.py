@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from kernels.tensors import as_tensor
@@ -9,13 +11,17 @@ from kernels.triton_expert_ffn import GroupedExperts
 from moering.checkpoint import Checkpoint
 from router.micro_batch_cuda import MicroBatch
 
+LOAD_THREADS = 4  # what takes long is hashing
+
 
 class LocalExperts:
     """All experts of a checkpoint in GPU memory, bf16."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cuda") -> None:
         self._device = torch.device(device)
-        self.layers = [_load_layer(checkpoint, layer, self._device) for layer in range(checkpoint.num_layers)]
+        with ThreadPoolExecutor(LOAD_THREADS) as pool:
+            layers = range(checkpoint.num_layers)
+            self.layers = list(pool.map(lambda layer: _load_layer(checkpoint, layer, self._device), layers))
 
     @torch.inference_mode()
     def run(self, mb: MicroBatch) -> None:

@@ -1,28 +1,30 @@
 """Writes a random checkpoint: ``python -m bench.random_checkpoint DIRECTORY --family qwen3_moe``.
 
 Hugging Face layout, with a tokenizer. All experts are different and weigh as much as the residual stream, so that a row
-sent to the wrong expert, or left out, shows in the logits. Weights are fp16; there is one shard per layer, so that
-memory holds one layer at a time.
+sent to the wrong expert, or left out, shows in the logits. There is one shard per layer, so that memory holds `jobs`
+layers at a time.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 from moering.config import option, parse
 from moering.errors import ConfigError, MoeringError
 
-Tensors = dict[str, np.ndarray]
+Maker = Callable[[np.random.Generator], np.ndarray]
+_STORED = {"float16": "F16", "bfloat16": "BF16"}
+Makers = dict[str, Maker]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -50,6 +52,8 @@ class Shape:
     head_dim: int = option(64, "size of a head")
     vocab: int = option(1024, "vocabulary, at least 259")
     max_positions: int = option(8192, "context length")
+    dtype: str = option("float16", "of all weights", choices=("float16", "bfloat16"))
+    jobs: int = option(1, "layers made at once")
     seed: int = option(0, "of all weights")
 
     def __post_init__(self) -> None:
@@ -79,7 +83,7 @@ class Shape:
             "rope_theta": 1e4,
             "sliding_window": None,
             "tie_word_embeddings": False,
-            "torch_dtype": "float16",
+            "torch_dtype": self.dtype,
             "vocab_size": self.vocab,
         }
         if self.family == "mixtral":
@@ -98,12 +102,10 @@ def write(shape: Shape) -> Path:
     directory = Path(shape.directory)
     directory.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
-    with tqdm(total=shape.layers + 1, unit="shard", file=sys.stderr, disable=None) as bar:
-        for number, tensors in enumerate(_shards(shape), 1):
-            name = f"model-{number:05d}-of-{shape.layers + 1:05d}.safetensors"
-            save_file({n: t.astype(np.float16) for n, t in tensors.items()}, directory / name, {"format": "pt"})
+    with ThreadPoolExecutor(shape.jobs) as pool:
+        shards = pool.map(lambda number: _write_shard(directory, shape, number), range(shape.layers + 1))
+        for tensors, name in tqdm(shards, total=shape.layers + 1, unit="shard", file=sys.stderr, disable=None):
             weight_map |= dict.fromkeys(tensors, name)
-            bar.update()
     _json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     _json(directory / "config.json", shape.config())
     _json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
@@ -111,52 +113,79 @@ def write(shape: Shape) -> Path:
     return directory
 
 
-def _shards(shape: Shape) -> Iterator[Tensors]:
-    rng = np.random.default_rng(shape.seed)
-    yield {
-        "model.embed_tokens.weight": rng.standard_normal((shape.vocab, shape.hidden), np.float32),
-        "model.norm.weight": _norm(rng, shape.hidden),
-        "lm_head.weight": _matrix(rng, shape.vocab, shape.hidden),
+def _write_shard(directory: Path, shape: Shape, number: int) -> tuple[list[str], str]:
+    """Shard 0 holds what is outside the layers, shard n the layer n - 1. Returns its tensors' names and its own."""
+    makers = _outer(shape) if number == 0 else _attention(f"model.layers.{number - 1}", shape)
+    if number:
+        makers |= _experts(f"model.layers.{number - 1}", shape)
+    rng = np.random.default_rng([shape.seed, number])
+    file = f"model-{number + 1:05d}-of-{shape.layers + 1:05d}.safetensors"
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    payload = []
+    at = 0
+    for name, make in makers.items():
+        values = make(rng)
+        payload.append(_stored(values, shape.dtype))
+        end = at + len(payload[-1])
+        header[name] = {"dtype": _STORED[shape.dtype], "shape": list(values.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the payload starts aligned
+    with (directory / file).open("wb") as f:
+        f.writelines([len(text).to_bytes(8, "little"), text, *payload])
+    return list(makers), file
+
+
+def _stored(values: np.ndarray, dtype: str) -> bytes:
+    if dtype == "float16":
+        return values.astype(np.float16).tobytes()
+    return ((values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16).tobytes()
+
+
+def _outer(shape: Shape) -> Makers:
+    return {
+        "model.embed_tokens.weight": lambda rng: rng.standard_normal((shape.vocab, shape.hidden), np.float32),
+        "model.norm.weight": _norm(shape.hidden),
+        "lm_head.weight": _matrix(shape.vocab, shape.hidden),
     }
-    for layer in range(shape.layers):
-        yield _attention(rng, f"model.layers.{layer}", shape) | _experts(rng, f"model.layers.{layer}", shape)
 
 
-def _attention(rng: np.random.Generator, prefix: str, shape: Shape) -> Tensors:
+def _attention(prefix: str, shape: Shape) -> Makers:
     rows = {
         "q": shape.heads * shape.head_dim,
         "k": shape.kv_heads * shape.head_dim,
         "v": shape.kv_heads * shape.head_dim,
     }
-    tensors = {f"{prefix}.self_attn.{name}_proj.weight": _matrix(rng, n, shape.hidden) for name, n in rows.items()}
-    tensors[f"{prefix}.self_attn.o_proj.weight"] = _matrix(rng, shape.hidden, rows["q"])
+    tensors = {f"{prefix}.self_attn.{name}_proj.weight": _matrix(n, shape.hidden) for name, n in rows.items()}
+    tensors[f"{prefix}.self_attn.o_proj.weight"] = _matrix(shape.hidden, rows["q"])
     for name in ("input_layernorm", "post_attention_layernorm"):
-        tensors[f"{prefix}.{name}.weight"] = _norm(rng, shape.hidden)
+        tensors[f"{prefix}.{name}.weight"] = _norm(shape.hidden)
     if shape.family == "qwen3_moe":
         for name in ("q_norm", "k_norm"):
-            tensors[f"{prefix}.self_attn.{name}.weight"] = _norm(rng, shape.head_dim)
+            tensors[f"{prefix}.self_attn.{name}.weight"] = _norm(shape.head_dim)
     return tensors
 
 
-def _experts(rng: np.random.Generator, prefix: str, shape: Shape) -> Tensors:
+def _experts(prefix: str, shape: Shape) -> Makers:
     block, (gate, up, down) = _NAMES[shape.family]
-    tensors = {f"{prefix}.{block}.gate.weight": 2 * _matrix(rng, shape.experts, shape.hidden)}
+    tensors = {f"{prefix}.{block}.gate.weight": _matrix(shape.experts, shape.hidden, 2)}
     for expert in range(shape.experts):
         for name in (gate, up, down):
             rows, columns = shape.intermediate, shape.hidden
             if name == down:
                 rows, columns = columns, rows
-            tensors[f"{prefix}.{block}.experts.{expert}.{name}.weight"] = 2 * _matrix(rng, rows, columns)
+            tensors[f"{prefix}.{block}.experts.{expert}.{name}.weight"] = _matrix(rows, columns, 2)
     return tensors
 
 
-def _matrix(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Keeps the scale of what it is applied to."""
-    return rng.standard_normal((rows, columns), np.float32) / np.float32(np.sqrt(columns))
+def _matrix(rows: int, columns: int, scale: float = 1) -> Maker:
+    """Multiplies the scale of what it is applied to by `scale`."""
+    factor = np.float32(scale / np.sqrt(columns))
+    return lambda rng: rng.standard_normal((rows, columns), np.float32) * factor
 
 
-def _norm(rng: np.random.Generator, size: int) -> np.ndarray:
-    return np.asarray(1 + 0.1 * rng.standard_normal(size, np.float32))
+def _norm(size: int) -> Maker:
+    return lambda rng: np.asarray(1 + 0.1 * rng.standard_normal(size, np.float32), np.float32)
 
 
 def _write_tokenizer(directory: Path, shape: Shape) -> None:

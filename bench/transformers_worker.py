@@ -1,7 +1,7 @@
 """transformers' `generate` in a process of its own, loaded once and idle between requests.
 
-``python -m bench.transformers_worker CHECKPOINT DTYPE…``. Requests and answers are lines of JSON on stdin and stdout:
-the fields of `Request`, and ``{"seconds": float, "outputs": [[token id, …], …]}``.
+``python -m bench.transformers_worker CHECKPOINT DEVICE DTYPE…``. Requests and answers are lines of JSON on stdin and
+stdout: the fields of `Request`, and `{"error": str}` or ``{"seconds": float, "outputs": [[token id, …], …]}``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ class Request:
 class Models:
     """The checkpoint, once per dtype ("auto": as the weights are stored)."""
 
-    def __init__(self, checkpoint: str, dtypes: list[str]) -> None:
+    def __init__(self, checkpoint: str, device: str, dtypes: list[str]) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        self._torch, self._by_dtype = torch, {}
+        self._torch, self._device, self._by_dtype = torch, device, {}
         for dtype in dtypes:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True).eval()
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+            model = model.eval().to(device)
             model.generation_config.eos_token_id = None  # like `ignore_eos`
             model.generation_config.pad_token_id = 0
             self._by_dtype[dtype] = model
@@ -51,7 +52,7 @@ class Models:
         started_s = time.perf_counter()
         with torch.inference_mode():
             for batch in batches:
-                ids = torch.tensor(batch)
+                ids = torch.tensor(batch, device=self._device)
                 new = model.generate(
                     ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=request.tokens
                 )  # fmt: skip
@@ -63,10 +64,14 @@ def main() -> None:
     """Serve until stdin ends."""
     answers: TextIO = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    models = Models(sys.argv[1], sys.argv[2:])
+    models = Models(sys.argv[1], sys.argv[2], sys.argv[3:])
     answers.write("{}\n")
     for line in sys.stdin:
-        answers.write(json.dumps(models.generate(Request(**json.loads(line)))) + "\n")
+        try:
+            answer = models.generate(Request(**json.loads(line)))
+        except RuntimeError as e:  # out of memory, or a way to compute experts that does not work here
+            answer = {"error": str(e)[:500]}
+        answers.write(json.dumps(answer) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import zmq
 from expert_server.config import Config
 from expert_server.loader import Loader
 from expert_server.memory import default_capacity, release_free_memory
+from expert_server.read_ahead import ReadAhead
 from expert_server.residency import Residency
 from expert_server.service import Service
 from moering import transport
@@ -44,11 +45,12 @@ class ExpertServer:
         coordinator = finder(config.join, config.membership)
         self.checkpoint = Checkpoint(config.checkpoint)
         self.residency = Residency()
+        self._read = ReadAhead(self.checkpoint.expert, config.load_threads)
         socket = transport.make_socket(zmq.ROUTER, transport.DATA, queue_messages=10_000)
         self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
         self.service = Service(socket, self.id, self.incarnation, config.credit_rows, self.residency)
         self.lease = LeaseClient(coordinator, self._register, self._lease, self._on_view, self._on_refused)
-        self.loader = Loader(self.id, self._load, self.residency, self._report)
+        self.loader = Loader(self.id, self._load, self.residency, self._report, self._read.announce)
         self.state = "JOINING"
         self.view: View | None = None
         self._fingerprint = ""
@@ -115,7 +117,7 @@ class ExpertServer:
             self._fail(e)
 
     def _load(self, layer: int, expert: int) -> tuple[Any, bytes]:
-        weights = self.checkpoint.expert(layer, expert)
+        weights = self._read(layer, expert)
         return self._backend.load(weights), weights.digest
 
     def _fail(self, error: MoeringError) -> None:

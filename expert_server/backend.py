@@ -47,4 +47,4 @@ def make_backend(device: str, arithmetic: str, threads: int, checkpoint: Checkpo
         return CpuBackend(arithmetic, threads)  # type: ignore[arg-type]
     from expert_server.backend_cuda import CudaBackend
 
-    return CudaBackend(checkpoint.hidden_size, checkpoint.moe_intermediate_size, capacity)
+    return CudaBackend(checkpoint.hidden_size, checkpoint.moe_intermediate_size, capacity, threads)

@@ -33,8 +33,14 @@ _ALIGN = 64  # integers
 class CudaBackend:
     """See `expert_server.backend.Backend`. Weights and rows are bf16, results of a bf16 product in float32 frames."""
 
-    def __init__(self, hidden: int, intermediate: int, capacity: int = 0, device: str = "cuda") -> None:
-        """`capacity`: experts; 0: what fits into `MEMORY_SHARE` of the memory that is free now."""
+    def __init__(
+        self, hidden: int, intermediate: int, capacity: int = 0, threads: int = 1, device: str = "cuda"
+    ) -> None:
+        """`capacity`: experts; 0: what fits into `MEMORY_SHARE` of the memory that is free now.
+
+        `threads`: of copies on the host.
+        """
+        torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: PyTorch finds no GPU")

@@ -25,6 +25,7 @@ class Config:
     capacity: int = option(0, "experts that fit in memory; 0: what fits in 80 % of the memory that is free at start")
     backend: str = option("auto", "CPU arithmetic", choices=("auto", "packed", "portable"))
     credit_rows: int = option(4096, "rows that one router may have outstanding here")
+    load_threads: int = option(1, "experts read and hashed at once while loading; more than 1 needs cores to spare")
     nice: bool = option(True, "start at low priority until online, so that joining does not slow the others")
     insecure: bool = option(False, "allow --bind on an address that other machines reach, without encryption")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,12 @@ class Loader:
         load: Callable[[int, int], tuple[Any, bytes]],
         residency: Residency,
         report: Callable[[], None],
+        announce: Callable[[Sequence[Key]], None] = lambda keys: None,
     ) -> None:
-        """`load(layer, expert)` returns the expert and its content digest; `report` tells the coordinator."""
+        """`load(layer, expert)` returns the expert and its content digest; `report` tells the coordinator; `announce`
+        is told before each load which ones follow, so that they can be read meanwhile."""
         self._server_id, self._load = server_id, load
-        self._residency, self._report = residency, report
+        self._residency, self._report, self._announce = residency, report, announce
         self._view: View | None = None
         self._changed = threading.Condition()
 
@@ -76,6 +78,7 @@ class Loader:
                 self._report()
                 return False
             begun = time.monotonic()
+            self._announce(missing[n - 1 :])
             self._residency.add(key, *self._load(*key))
             now = time.monotonic()
             last_orphan = key in orphans and (n == len(missing) or missing[n] not in orphans)

@@ -29,24 +29,28 @@ class LinearTiling:
     group_m: int = 8
 
 
-_FEW_ROWS = LinearTiling(16, 32, 256, 4, 3)
-_NARROW = LinearTiling(16, 16, 256, 2, 4)  # few columns (a gate): more programs
-_SOME_ROWS = LinearTiling(32, 64, 128, 4, 4, swap=True)
-_MANY_ROWS = LinearTiling(64, 64, 128, 4, 3, swap=True)
+_GATE = LinearTiling(16, 64, 256, 4, 3, swap=True)
+_NARROW_FEW = LinearTiling(16, 16, 256, 2, 4)
+_WIDE_FEW = LinearTiling(16, 64, 128, 4, 4, swap=True)
+_WIDE_SOME = LinearTiling(32, 64, 128, 4, 4, swap=True)
+_NARROW_MANY = LinearTiling(64, 64, 128, 4, 3, swap=True)
+_WIDE_MANY = LinearTiling(64, 128, 64, 4, 4)
 _LARGE = LinearTiling(128, 128, 64, 8, 4)
-NARROW_COLUMNS = 512
-"""Up to so many columns a wide tile would leave most of the device idle."""
+GATE_COLUMNS, NARROW_COLUMNS = 512, 4096
 
 
 def choose_linear_tiling(rows: int, columns: int) -> LinearTiling:
-    """The tiling for a product of `rows` rows."""
-    if columns <= NARROW_COLUMNS and rows <= 256:
-        return _NARROW
-    if rows <= 16:
-        return _FEW_ROWS
-    if rows <= 32:
-        return _SOME_ROWS
-    return _MANY_ROWS if rows <= 128 else _LARGE
+    """The tiling for a product of `rows` rows; docs/kernels.md has the measurements behind it."""
+    narrow = columns <= NARROW_COLUMNS
+    if rows <= 64:
+        if columns <= GATE_COLUMNS or (narrow and rows > 32):
+            return _GATE
+        if narrow:
+            return _NARROW_FEW
+        return _WIDE_FEW if rows <= 16 else _WIDE_SOME
+    if rows <= 512:
+        return _NARROW_MANY if narrow else _WIDE_MANY
+    return _LARGE
 
 
 @triton.jit

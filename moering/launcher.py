@@ -53,6 +53,7 @@ class Config:
     host: str = option("127.0.0.1", "address of the HTTP port")
     port: int = option(8000, "HTTP port")
     served_model_name: str = option("", "name in the API; `default` or the directory's name where not given")
+    device: str = option("cpu", "where routers and expert servers compute", choices=("cpu", "cuda"))
     coordinator_args: str = option("", "further flags of the coordinator, in one string")
     expert_server_args: str = option("", "further flags of each expert server")
     router_args: str = option("", "further flags of each router")
@@ -98,6 +99,7 @@ def commands(config: Config, checkpoint: Path, run_directory: Path) -> list[Comm
     elected = config.membership != EMBEDDED
     join = ["--membership", config.membership] if elected else ["--join", coordinator_address(run_directory)]
     read = ["--checkpoint", str(checkpoint)]
+    device = [] if config.device == "cpu" else ["--device", config.device]
 
     def bind(server_id: str, start: int) -> list[str]:
         if not config.listen:
@@ -125,10 +127,10 @@ def commands(config: Config, checkpoint: Path, run_directory: Path) -> list[Comm
     return [
         Command(config.prefix + "coordinator", "coordinator", coordinator),
         *(
-            member("expert-server", f"expert-{i}", config.zone_flags(i), config.expert_server_args)
+            member("expert-server", f"expert-{i}", device + config.zone_flags(i), config.expert_server_args)
             for i in range(config.expert_servers)
         ),
-        *(member("router", f"router-{i}", [], config.router_args) for i in range(config.routers)),
+        *(member("router", f"router-{i}", device, config.router_args) for i in range(config.routers)),
         member("gateway", "gateway-0", http, config.gateway_args),
     ]
 

@@ -32,7 +32,7 @@ from router.micro_batch_cuda import MicroBatch
 from router.model_config import MoEModelConfig
 
 GRAPH_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-WARM_UP_ROWS = (1, 2, 20, 40, 70, 140, 257)  # at least one for each tiling of the linear layers
+WARM_UP_ROWS = (1, 2, 20, 40, 70, 600)  # at least one for each tiling of the linear layers
 
 
 class _Layer:

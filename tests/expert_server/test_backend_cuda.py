@@ -34,7 +34,7 @@ def backend():
     patch.setattr(module, "CALL_PAIRS", 64)
     patch.setattr(slots_cuda, "COPY_BYTES", 4000)
     patch.setattr(slots_cuda, "WAIT_S", 0.2)
-    yield CudaBackend(HIDDEN, INTER, 4, DEVICE)
+    yield CudaBackend(HIDDEN, INTER, 4, device=DEVICE)
     patch.undo()
 
 
