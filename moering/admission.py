@@ -10,11 +10,10 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from moering import protocol
 from moering.errors import HandshakeError, ProtocolError
 from moering.protocol import MemberInfo, Register, View
+from moering.views import check_view
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +119,5 @@ def read_view(data: bytes) -> View:
     view, _ = protocol.decode([data])
     if not isinstance(view, View):
         raise ProtocolError("register.view: not a view")
-    if min(view.layers, view.experts, view.width, view.term, view.epoch) < 0 or len(view.servers) > 0x7FFF:
-        raise ProtocolError("register.view: negative or impossible sizes")
-    for table in (view.routing, view.target):
-        if len(table) != 2 * view.layers * view.experts * view.width:
-            raise ProtocolError(f"register.view: a table of {len(table)} bytes does not match its shape")
-        indices = np.frombuffer(table, "<i2")
-        if indices.size and (indices.min() < -1 or indices.max() >= len(view.servers)):
-            raise ProtocolError("register.view: a replica on a server that is not listed")
+    check_view(view)
     return view

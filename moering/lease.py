@@ -123,7 +123,7 @@ class LeaseClient(threading.Thread):
         """Act on one message; True when the answer should not wait for the next renewal."""
         try:
             message, _ = protocol.decode(frames)
+            return self._session.take(message)
         except ProtocolError as e:
             logger.warning("dropped a message from the coordinator: %s", e)
             return False
-        return self._session.take(message)

@@ -14,6 +14,7 @@ from typing import Any
 
 from moering import protocol
 from moering.protocol import Lease, Refused, Register, Registered, Unknown, View
+from moering.views import check_view
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,10 @@ class LeaseSession:
         return messages
 
     def take(self, message: Any) -> bool:
-        """Act on a message of the coordinator; True when the next renewal should not wait."""
+        """Act on a message of the coordinator; True when the next renewal should not wait.
+
+        Raises `ProtocolError` for a view that cannot be used; the process goes on with the one it has.
+        """
         if isinstance(message, View):
             self._take_view(message)
         elif isinstance(message, Registered):
@@ -85,5 +89,6 @@ class LeaseSession:
         last = self._view
         if last is not None and (view.term, view.epoch) <= (last.term, last.epoch):
             return
+        check_view(view)
         self._view = view
         self._on_view(view)
