@@ -83,11 +83,8 @@ IMPOSSIBLE: tuple[Rule, ...] = (
 )  # fmt: skip
 
 WAITING: tuple[Rule, ...] = (
-    (("router", "gateway", "coordinator", "launcher"), ANY, ANY, "being written"),
     ("etcd", ANY, ANY, "needs `--membership etcd://`"),
     (ANY, ANY, "draining", "needs `moering drain`"),
-    ("expert server", "late", ANY, "needs deadlines and hedging"),
-    ("router", "late", ANY, "needs a gateway that notices a router which answers heartbeats and nothing else"),
 )
 """Cells that can occur and are not run yet, since the part of the product that they try is not there."""
 

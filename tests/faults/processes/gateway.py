@@ -21,14 +21,14 @@ from tests.faults.processes.wrapping import start, wrap
 def install(agent: Agent) -> None:
     """Put the points into the product's classes."""
     wrap(LeaseClient, "run", lambda go, client: (agent.hit("joining"), go())[1])
-    wrap(RouterPool, "_receive", lambda go, pool, message: _receive(agent, go, message))
+    wrap(RouterPool, "_receive", lambda go, pool, *args: _receive(agent, go, *args))
     wrap(EventStream, "write", lambda go, stream, data: _write(agent, go, data))
 
 
-def _receive(agent: Agent, go: Any, message: Any) -> None:
+def _receive(agent: Agent, go: Any, link: Any, message: Any) -> None:
     if isinstance(message, Tokens):
         agent.hit("received", prefill=any(t.position == 0 for t in message.tokens))
-    go(message)
+    go(link, message)
 
 
 async def _write(agent: Agent, go: Any, data: bytes) -> None:
