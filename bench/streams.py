@@ -63,6 +63,7 @@ class Streams:
     count: int
     recorded: list[Recorded] = field(default_factory=list)
     running: dict[int, Exchange] = field(default_factory=dict)
+    request: dict[int, int] = field(default_factory=dict)  # of each stream, the body that it sent last
 
     async def once(self) -> None:
         """Send every body once."""
@@ -85,6 +86,7 @@ class Streams:
             if stop and stop.is_set():
                 return
             record = self.running[stream] = Exchange()
+            self.request[stream] = request
             await exchange(self.session, self.url, "completions", self.bodies[request], record)
             del self.running[stream]
             self.recorded.append(Recorded(stream, request, record))

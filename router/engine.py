@@ -182,9 +182,11 @@ class Engine:
             self._go_on(flight)
         if self._frontend.gone:
             gone, self._frontend.gone = self._frontend.gone, set()
-            for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
-                if sequence.gateway in gone:
-                    self._scheduler.cancel(sequence)
+            queued = [*self._scheduler.waiting, *self._scheduler.running]
+            abandoned = [s for s in queued if s.gateway in gone and s.status is not Status.FINISHED]
+            logger.warning("a gateway's connection is gone: %d requests of it are aborted", len(abandoned))
+            for sequence in abandoned:
+                self._scheduler.cancel(sequence)
 
     def _start(self) -> None:
         """Fill up the micro-batches in flight; parked ones do not count."""

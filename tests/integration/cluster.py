@@ -53,8 +53,8 @@ class Cluster:
     ) -> None:
         """`program`: the module that is run and its first arguments, where it is not `moering serve` itself."""
         self.checkpoint, self.log = checkpoint, log
-        count = int(flags[flags.index("--expert-servers") + 1]) if "--expert-servers" in flags else len(SERVERS)
-        self.servers = tuple(f"expert-{i}" for i in range(count))
+        self.servers = tuple(f"expert-{i}" for i in range(_count(flags, "--expert-servers", len(SERVERS))))
+        self.routers = tuple(f"router-{i}" for i in range(_count(flags, "--routers", 1)))
         self.prefix = flags[flags.index("--machine") + 1] + "-" if "--machine" in flags else ""
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -96,7 +96,7 @@ class Cluster:
             return False
         online = {p["id"] for p in status["processes"] if p["state"] == "ONLINE"}
         kinds = {p["kind"] for p in status["processes"]}
-        own = {self.prefix + i for i in (*self.servers, "router-0", "gateway-0")}
+        own = {self.prefix + i for i in (*self.servers, *self.routers, "gateway-0")}
         return online >= own and "coordinator" in kinds and status["failures_survivable"] == 1
 
     def wait_settled(self) -> None:
@@ -113,10 +113,11 @@ class Cluster:
 
     def wait_replaced(self, victims: Sequence[dict[str, Any]]) -> None:
         """Each has been started again, and the cluster is whole."""
-        wait_for("the dead are back with new incarnations", lambda: all(map(self._is_replaced, victims)))
+        wait_for("the dead are back with new incarnations", lambda: all(map(self.is_replaced, victims)))
         self.wait_settled()
 
-    def _is_replaced(self, victim: dict[str, Any]) -> bool:
+    def is_replaced(self, victim: dict[str, Any]) -> bool:
+        """Whether it has been started again and serves."""
         now = [p for p in self.status()["processes"] if p["id"] == victim["id"]]
         return bool(now) and now[0]["state"] == "ONLINE" and now[0]["incarnation"] != victim["incarnation"]
 
@@ -137,14 +138,23 @@ class Cluster:
 
     def metrics(self) -> dict[str, float]:
         """All samples without labels."""
-        with socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2])), DEADLINE_S) as s:
-            s.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-            text = s.makefile("rb").read().decode()
-        lines = [line.split() for line in text.splitlines() if line.startswith("moering_") and "{" not in line]
-        return {name: float(value) for name, value in lines}
+        return metrics(self.url)
+
+
+def metrics(url: str) -> dict[str, float]:
+    """All samples without labels of the gateway at `url`."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), DEADLINE_S) as s:
+        s.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        text = s.makefile("rb").read().decode()
+    lines = [line.split() for line in text.splitlines() if line.startswith("moering_") and "{" not in line]
+    return {name: float(value) for name, value in lines}
 
 
 BUSY = ("moering_router_requests_running", "moering_router_requests_waiting", "moering_router_forwards_in_flight")
+
+
+def _count(flags: Sequence[str], flag: str, default: int) -> int:
+    return int(flags[flags.index(flag) + 1]) if flag in flags else default
 
 
 def _is_child_of(pid: int, launcher: int) -> bool:

@@ -45,6 +45,7 @@ class Stream:
     renormalized: int = 0
     closed: bool = False
     longest_gap_s: float = 0.0
+    chunks: list[Body] = field(default_factory=list)  # as they came, of the answer and of the usage
 
 
 class Streams:
@@ -101,6 +102,7 @@ class Streams:
             elif "error" in (chunk := json.loads(data)):
                 stream.ends.append(f"error event: {chunk['error']}")
             else:
+                stream.chunks.append(chunk)
                 for choice in chunk["choices"]:
                     stream.tokens += choice["token_ids"]
                     stream.digests += choice["moering"]["logits_digests"]

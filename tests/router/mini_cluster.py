@@ -76,17 +76,18 @@ class Server:
 class MiniCluster:
     """`replication` replicas of each expert on `n` servers: expert e of layer l on servers (e + l), (e + l + 1), …"""
 
-    def __init__(self, directory, checkpoint_path, n=3, replication=2, **options):
+    def __init__(self, directory, checkpoint_path, n=3, replication=2, beside=None, **options):
+        """`beside`: another cluster, whose servers this one's router uses, too."""
         self.directory, self.n, self.replication = directory, n, replication
         self.checkpoint, self.backend = Checkpoint(checkpoint_path), CpuBackend("auto", 1)
-        self.servers = [self.start(i) for i in range(n)]
-        poller = zmq.Poller()
-        hello = Hello("router", "r", 1, "m", self.checkpoint.digest)
+        self.servers = beside.servers if beside else [self.start(i) for i in range(n)]
+        poller, router = zmq.Poller(), 2 if beside else 1
+        hello = Hello("router", f"r{router}", router, "m", self.checkpoint.digest)
         self.exchange = Exchange(hello, poller, time.monotonic)
         socket = transport.make_socket(zmq.ROUTER)
-        self.address = transport.bind(socket, f"ipc://{directory}/r")
+        self.address = transport.bind(socket, f"ipc://{directory}/r{router}")
         config = Config(**{"kv_cache_mb": 64, **options})
-        frontend = Frontend(socket, "r", 1, 64, "m", self.checkpoint.digest)
+        frontend = Frontend(socket, f"r{router}", router, 64, "m", self.checkpoint.digest)
         self.engine = build_engine(config, self.checkpoint, self.exchange, frontend, poller)
         self.epoch = 0
         self.publish()
