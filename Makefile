@@ -6,6 +6,7 @@ EXPERT_SERVERS ?= 3
 REPLICATION ?= 2
 # Further flags: make serve ARGS="--routers 2", make bench-load ARGS="--url http://127.0.0.1:8000"
 ARGS ?=
+SEEDS ?= 0:10000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ SERVE_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint fault-matrix compose-test bench-load bench-faults bench-kernels clean
+.PHONY: help serve test check lint fault-matrix simulate compose-test bench-load bench-faults bench-kernels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -33,6 +34,9 @@ lint: $(DEV_STAMP) ## ruff, mypy and import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+simulate: $(DEV_STAMP) ## random fault schedules on virtual time: make simulate [SEEDS=0:10000] (docs/simulation.md)
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
 
 fault-matrix: $(DEV_STAMP) ## every cell of docs/fault-matrix.md against real processes
 	$(BIN)/python -m pytest tests/faults/test_cells.py --fault-cells all $(ARGS)

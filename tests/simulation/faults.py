@@ -12,7 +12,7 @@ from moering.protocol import Held, Lease, Leave, Register, Reply, Tokens, View
 from tests.simulation.cluster import Cluster, Size
 from tests.simulation.member import COORDINATOR
 
-WINDOW_S = 8.0
+WINDOW_S = 6.0
 """Faults begin within so many seconds after the cluster is up."""
 
 

@@ -122,7 +122,9 @@ class Oracle:
         others = [s for s in self.cluster.of_kind("expert-server") if s is not server and key in s.residency.keys()]  # noqa: SIM118
         require(bool(others) or not self._unhurt(key), f"{server.name} drops the last live replica of {key}")
         for router in self.cluster.of_kind("router"):
-            settled = self._unhurt(router.name) and self._unhurt(server.name) and self._unhurt("coordinator")
+            roster = self.cluster.processes["coordinator"].membership.roster
+            leased = roster.known(router.name, router.incarnation) is not None
+            settled = leased and all(self._unhurt(name) for name in (router.name, server.name, "coordinator"))
             # A later plan may count on the replica again: the router then looks for another one (`not_here`).
             if settled and router.applied <= server.applied and server.name in router.view.servers:
                 index = router.view.servers.index(server.name)

@@ -18,7 +18,7 @@ from tests.simulation.faults import Fault
 from tests.simulation.oracle import require
 from tests.simulation.world import World
 
-UP_S = 4.0
+UP_S = 3.0
 SETTLE_S, LOOK_S = 90.0, 0.5
 
 
