@@ -126,7 +126,8 @@ class Oracle:
             leased = roster.known(router.name, router.incarnation) is not None
             settled = leased and all(self._unhurt(name) for name in (router.name, server.name, "coordinator"))
             # A later plan may count on the replica again: the router then looks for another one (`not_here`).
-            if settled and router.applied <= server.applied and server.name in router.view.servers:
+            followed = router.view is not None and router.applied <= server.applied
+            if settled and followed and server.name in router.view.servers:
                 index = router.view.servers.index(server.name)
                 routed = bool((table(router.view, "routing")[key] == index).any())
                 require(not routed, f"{server.name} drops {key}, to which {router.name} still routes")
