@@ -84,9 +84,9 @@ async def run(config: Config) -> Figures:
             if "speed" in config.parts:
                 figures["speed"] = await _speed(config, directory, engine, prompts)
             answers = engine.generate(prompts, config.tokens, digests=True)
+        theirs = figures.get("speed", {}).pop("outputs", None)
         if "correct" in config.parts:
             figures["correct"] = {"engine": _gaps(config, directory, prompts, answers.outputs)}
-            theirs = figures.get("speed", {}).pop("outputs", None)
             if theirs:
                 figures["correct"]["transformers, bf16"] = _gaps(config, directory, prompts[: len(theirs)], theirs)
             print(f"correct: {figures['correct']}", file=sys.stderr)

@@ -7,6 +7,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from moering.checkpoint import Checkpoint, ExpertWeights
+from moering.errors import MoeringError
+
+
+class NoRoom(MoeringError):
+    """All the room for experts is taken: a plan in transition may name more than fit, for as long as moves take."""
 
 
 class Backend(Protocol):
@@ -23,7 +28,7 @@ class Backend(Protocol):
         ...
 
     def load(self, weights: ExpertWeights) -> Any:
-        """One expert, ready to compute; it is given back when nobody refers to it any more."""
+        """One expert, ready to compute; its room is free again when nobody refers to it any more. Or `NoRoom`."""
         ...
 
     def compute(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from expert_server.backend import NoRoom
 from expert_server.residency import Key, Residency
 from moering.protocol import View
 
@@ -51,7 +52,7 @@ class Loader:
             return self._view
 
     def reconcile(self, view: View, *, online: bool) -> bool:
-        """Drop and load until memory matches the plan of `view`. False if a newer view cut it short.
+        """Drop and load until memory matches the plan of `view`. False if a newer view, or lack of room, cut it short.
 
         `online`: report on the way, and rest between experts as long as one took, since requests are being served;
         not for orphans. A server that is not online yet reports once, when it has everything. A view that does not
@@ -79,7 +80,12 @@ class Loader:
                 return False
             begun = time.monotonic()
             self._announce(missing[n - 1 :])
-            self._residency.add(key, *self._load(*key))
+            try:
+                self._residency.add(key, *self._load(*key))
+            except NoRoom as e:
+                logger.warning("%s; %d experts of the plan wait for the next one", e, len(missing) - n + 1)
+                self._report()
+                return False
             now = time.monotonic()
             last_orphan = key in orphans and (n == len(missing) or missing[n] not in orphans)
             if n == len(missing) or (online and (last_orphan or now - reported > REPORT_S)):

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 
 import torch
 
-from moering.errors import ConfigError, MoeringError
+from expert_server.backend import NoRoom
+from moering.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 COPY_BYTES = 1 << 20
 """A copy to the GPU in flight holds up the copy of rows behind it by so much at most (40 µs at 25 GB/s)."""
-WAIT_S = 10.0
+WAIT_S = 1.0  # for a computation that still uses an expert that was dropped
 SHRINK = 0.8
 
 
@@ -52,7 +53,7 @@ class Slots:
     def load(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> CudaExpert:
         """Copy an expert's weights to a free slot and wait until they are there; one thread at a time.
 
-        Raises `MoeringError` when no slot gets free: the plan gave this server more than its capacity.
+        Raises `NoRoom` when no slot gets free.
         """
         expert = self._take()
         parts = (gate, up, down)
@@ -76,7 +77,7 @@ class Slots:
     def _take(self) -> CudaExpert:
         with self._released:
             if not self._released.wait_for(lambda: bool(self._free), WAIT_S):
-                raise MoeringError(f"all {self.capacity} slots for experts are in use")
+                raise NoRoom(f"all {self.capacity} slots for experts are in use")
             expert = CudaExpert(self._free.pop())
         weakref.finalize(expert, self._give_back, expert.slot)
         return expert

@@ -11,11 +11,11 @@ import torch
 
 import expert_server.backend_cuda as module
 from expert_server import slots_cuda
+from expert_server.backend import NoRoom
 from expert_server.backend_cuda import CudaBackend
 from kernels import expert_ffn, reference, triton_expert_ffn
 from kernels.tensors import as_tensor
 from moering.checkpoint import Checkpoint
-from moering.errors import MoeringError
 from tests.interpreter import DEVICE
 from tests.tiny import write_checkpoint
 
@@ -64,7 +64,7 @@ def test_results_are_those_of_the_reference(backend, checkpoint, counts):
 
 def test_a_slot_is_free_again_when_nobody_uses_its_expert(backend, checkpoint):
     held = [backend.load(checkpoint.expert(0, e)) for e in range(4)]
-    with pytest.raises(MoeringError, match="all 4 slots for experts are in use"):
+    with pytest.raises(NoRoom, match="all 4 slots for experts are in use"):
         backend.load(checkpoint.expert(0, 4))
     in_use = held.pop()  # like the experts of a computation that a drop overtakes
     held.clear()

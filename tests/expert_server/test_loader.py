@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from expert_server.backend import NoRoom
 from expert_server.loader import Loader, targets
 from expert_server.residency import Residency
 from moering.protocol import View
@@ -79,3 +80,19 @@ def test_the_report_is_sorted_and_carries_a_digest_each():
     held, digests = r.report()
     assert np.frombuffer(held, "<u4").tolist() == [3, 1 << 16 | 2]
     assert digests == b"abcdefgh12345678"
+
+
+def test_lack_of_room_is_survived_and_the_next_plan_goes_on():
+    """A plan in transition may name more than fit, until what it replaces may be dropped."""
+    room = 2
+
+    def full(key):
+        if len(f.residency.keys()) >= room:
+            raise NoRoom("no room")
+
+    f = Fixture(full)
+    assert not f.follow(view({(0, 0), (0, 1), (0, 2), (0, 3)}, routed={(0, 0), (0, 1), (0, 2)}))
+    assert f.residency.keys() == {(0, 3), (0, 0)}  # the orphan first
+    assert f.reports[-1] == {(0, 3), (0, 0)}
+    assert f.follow(view({(0, 1), (0, 3)}, epoch=2))
+    assert f.residency.keys() == {(0, 1), (0, 3)}
