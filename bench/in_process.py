@@ -36,6 +36,7 @@ class LocalExchange:
         self.dispatcher = Dispatcher()  # for its counters, all zero
         self.changed = False
         self.due_s = math.inf  # nothing is waited for
+        self.passed_over: dict[str, str] = {}
         self._experts, self._threads = experts, threads
         self._finished: list[Finished] = []
 

@@ -21,14 +21,16 @@ class Cluster:
         self.view = view
         self.covered = self.covered or all_routed(view)
 
-    def status(self, own: MemberInfo, router_counters: dict[str, float]) -> dict[str, Any]:
+    def status(
+        self, own: MemberInfo, router_counters: dict[str, float], passed_over: dict[str, dict[str, str]]
+    ) -> dict[str, Any]:
         """The JSON of `moering status`; `own` is this process as it sees itself, now."""
         view = self.view
         members = [] if view is None else view.members
         others = [m for m in members if (m.kind, m.server_id) != (own.kind, own.server_id)]
         return {
             "epoch": 0 if view is None else view.epoch,
-            "processes": [_process(m) for m in [own, *others]],
+            "processes": [_process(m) | {"passed_over": passed_over.get(m.server_id, {})} for m in [own, *others]],
             "failures_survivable": -1 if view is None else view.failures_survivable,
             "failures_restorable": -1 if view is None else view.failures_restorable,
             "orphans": 0 if view is None else view.orphans,

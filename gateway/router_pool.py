@@ -80,6 +80,15 @@ class RouterPool:
                 largest[name] = max(value, largest.get(name, value))
         return largest
 
+    def passed_over(self) -> dict[str, dict[str, str]]:
+        """By expert server: which living routers let others come first, and why."""
+        alive = {server_id for server_id, _ in self._members}
+        reasons: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        for router, stats in self.stats.items():
+            for server, why in stats.passed_over.items() if router in alive else ():
+                reasons[server][router] = why
+        return dict(reasons)
+
     @property
     def connected(self) -> int:
         """Routers that new requests can go to."""

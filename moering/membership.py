@@ -129,6 +129,7 @@ class Membership:
         self.placement.put(info.server_id, info.zone, info.capacity, info.state, held)
         for router in self.roster.alive("router"):
             router.suspects.pop(info.server_id, None)
+            router.wedged.pop(info.server_id, None)
         self._replan = True
         self._first_plan.server_registered(now_s)
 

@@ -232,6 +232,7 @@ class RouterStats:
     server_id: str
     counters: dict[str, float]
     gauges: dict[str, float]
+    passed_over: dict[str, str] = dataclasses.field(default_factory=dict)  # expert server id → why others come first
 
 
 # --- member ⇄ coordinator --------------------------------------------------------------------------------------------
@@ -357,6 +358,7 @@ class Lease:
     term: int  # of the newest view applied by the main loop
     epoch: int
     loads: bytes  # routers: little-endian float32 [layers, experts] tokens since the last lease, or empty
+    wedged: list[str] = dataclasses.field(default_factory=list)  # routers: connected, but answer nothing that is due
 
 
 @_message("held")

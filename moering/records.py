@@ -25,6 +25,7 @@ class Record:
     lease_until_s: float
     acknowledged: int = 0  # epoch of the newest view that its main loop applied
     suspects: dict[str, float] = field(default_factory=dict)  # a router's: server id → suspected since
+    wedged: dict[str, float] = field(default_factory=dict)  # a router's: the same for those that answer nothing
     busy_until_s: float = 0.0
     progress: int = 0
     progress_at_s: float = 0.0
@@ -46,6 +47,7 @@ class Record:
         self.identity, self.lease_until_s = identity, now_s + lease_s
         self.acknowledged = lease.epoch
         self.suspects = {s: self.suspects.get(s, now_s) for s in lease.suspects}
+        self.wedged = {s: self.wedged.get(s, now_s) for s in lease.wedged}
         self.busy_until_s = now_s + max(0.0, lease.busy_for_s)
         if lease.progress != self.progress or not lease.queued:
             self.progress, self.progress_at_s = lease.progress, now_s
@@ -63,6 +65,7 @@ class Record:
         self.progress_at_s += by_s
         self.probed_s += by_s
         self.suspects = {s: since + by_s for s, since in self.suspects.items()}
+        self.wedged = {s: since + by_s for s, since in self.wedged.items()}
         if self.grace_until_s is not None:
             self.grace_until_s += by_s
 
@@ -81,7 +84,11 @@ class Evidence:
 
 
 def examine(records: Iterable[Record], lease_s: float, now_s: float) -> Evidence:
-    """Judge all members by their leases, of `lease_s` each, and by the routers' suspicions."""
+    """Judge all members by their leases, of `lease_s` each, and by the routers' suspicions.
+
+    A server that routers reach and get no answer from is dead only if its own lease says that its loop stands still:
+    one that is slow may be passed over by routers, but is never evicted.
+    """
     alive = [r for r in records if r.alive]
     dead = {r.info.server_id: "its lease lapsed" for r in alive if r.lease_until_s < now_s}
     late = [r for r in alive if r.lease_until_s - lease_s < now_s - LATE_S]
@@ -94,7 +101,11 @@ def examine(records: Iterable[Record], lease_s: float, now_s: float) -> Evidence
         if 2 * sum(server_id in r.suspects for r in routers) > len(routers):
             late.append(record)
         votes = sum(now_s - r.suspects.get(server_id, now_s) >= SUSPECTED_S for r in routers)
-        if 2 * votes <= len(routers) or not votes:
+        since = [min(r.suspects.get(server_id, now_s), r.wedged.get(server_id, now_s)) for r in routers]
+        unanswered = sum(now_s - s >= SUSPECTED_S for s in since)
+        if 2 * unanswered > len(routers) and record.stalled(now_s):
+            dead[server_id] = f"{unanswered} of {len(routers)} routers get no answer, and its loop stands still"
+        elif 2 * votes <= len(routers) or not votes:
             record.silent = False
         elif len(routers) > 1 or record.silent or record.stalled(now_s):
             dead[server_id] = f"{votes} of {len(routers)} routers suspect it"

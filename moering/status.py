@@ -64,13 +64,15 @@ def coverage(status: Mapping[str, Any]) -> str:
 
 
 def shortage(status: Mapping[str, Any]) -> list[str]:
-    """Lines on what is missing now, and on how far memory reaches."""
+    """Lines on what is missing now, on how far memory reaches, and on servers that are late or slow."""
     orphans, under = status.get("orphans", 0), status.get("under_target", 0)
     lines = [f"{orphans} experts have no replica, {under} fewer than wanted"] if under else []
     restorable = status.get("failures_restorable")
     if restorable is not None:
         memory = f"further failures after which full redundancy can be restored: {restorable}"
         lines.append(memory if restorable >= 0 else "these servers do NOT suffice for full redundancy")
+    for p in status["processes"]:
+        lines += [f"{router} passes over {p['id']}: {why}" for router, why in (p.get("passed_over") or {}).items()]
     return lines
 
 

@@ -79,7 +79,7 @@ class Router:
         term, epoch = (view.term, view.epoch) if view is not None else (0, 0)
         return Lease(
             self.id, self.incarnation, "ONLINE", engine.progress, engine.queued, 0.0, self.exchange.suspects,
-            term, epoch, loads.astype("<f4").tobytes(),
+            term, epoch, loads.astype("<f4").tobytes(), self.exchange.wedged,
         )  # fmt: skip
 
     def _on_refused(self, reason: str) -> None:

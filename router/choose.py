@@ -26,6 +26,8 @@ FAST_ENOUGH = 2.0
 """An ejected server comes back when `PROBES` probes took at most so many times what they would take its peers."""
 WEDGED_S = 0.5
 """Having answered nothing for so long, though something is overdue, a server is wedged rather than slow."""
+REPORTED_WEDGED_S = 1.0
+"""The coordinator hears of it after so long."""
 
 
 @dataclass(slots=True)
@@ -92,6 +94,11 @@ class Health:
         """Whether it has answered nothing since it got what was sent at `since_s`, and that is long ago."""
         return self.answered_s <= since_s and now_s - since_s >= WEDGED_S
 
+    def is_wedged(self, now_s: float) -> bool:
+        """The same for the coordinator: something is overdue for long, and nothing was answered since."""
+        since_s = self.late_since_s
+        return since_s is not None and self.answered_s <= since_s and now_s - since_s >= REPORTED_WEDGED_S
+
     def eject(self, now_s: float) -> None:
         """It is slow, compared with its peers."""
         self.strikes = max(self.strikes, EJECTING_STRIKES - 1)
@@ -138,6 +145,14 @@ class Health:
             ban_s = min(FIRST_BAN_S * 2 ** int(self.strikes - EJECTING_STRIKES), LONGEST_BAN_S)
             self.ejected, self.probe_at_s = True, now_s + ban_s
             self._probes.clear()
+
+    def complaint(self, now_s: float) -> str:
+        """Why others come first, for people; empty: they do not."""
+        if not self.connected:
+            return "unreachable"
+        if self.late:
+            return "late"
+        return "slow" if self.ejected else "banned" if now_s < self.banned_until_s else ""
 
     def rank(self, now_s: float) -> int:
         """GOOD before DOUBTED (used when every other holder is worse) before LATE before GONE."""

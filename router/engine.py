@@ -109,6 +109,7 @@ class Engine:
             "requests_parked": sum(len(f.items) for f in self._parking.flights),
             "forwards_in_flight": len(self._flights) + len(self._parking.flights),
             "kv_blocks_in_use": self._scheduler.blocks_in_use,
+            "expert_servers_passed_over": len(self._exchange.passed_over),
         }
 
     # --- the loop ---
@@ -174,7 +175,7 @@ class Engine:
         self._next_look_s = now + IDLE_POLL_MS / 1000
         if now >= self._next_report_s:
             self._next_report_s = now + REPORT_S
-            self._frontend.report(self.counters(), self.gauges())
+            self._frontend.report(self.counters(), self.gauges(), self._exchange.passed_over)
         self._exchange.connect_missing()
         for sequence in self._scheduler.expired(now):
             self._fail(sequence, "timeout", "the request's deadline has passed")

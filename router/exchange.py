@@ -137,6 +137,19 @@ class Exchange:
         return [s for s, member in self._members.items() if s not in up and member.state != "JOINING"]
 
     @property
+    def wedged(self) -> list[str]:
+        """Servers that are connected, but have answered nothing for long though something is overdue."""
+        now = self._clock()
+        return [s for s, health in list(self.dispatcher.health.items()) if health.connected and health.is_wedged(now)]
+
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """Servers of the plan that others come before, and why."""
+        now = self._clock()
+        known = {s: health.complaint(now) for s, health in self.dispatcher.health.items() if s in self._members}
+        return dict.fromkeys(self.suspects, "unreachable") | {s: why for s, why in known.items() if why}
+
+    @property
     def settling(self) -> bool:
         """Whether a server that serves has yet to answer our first hello: what has no replica now may have one soon."""
         return any(

@@ -69,10 +69,10 @@ class Frontend:
             self._send(gateway, Tokens(tokens))
         self._tokens.clear()
 
-    def report(self, counters: dict[str, float], gauges: dict[str, float]) -> None:
+    def report(self, counters: dict[str, float], gauges: dict[str, float], passed_over: dict[str, str]) -> None:
         """Send the router's figures to all gateways."""
         for gateway in list(self._gateways):
-            self._send(gateway, RouterStats(self._welcome.server_id, counters, gauges))
+            self._send(gateway, RouterStats(self._welcome.server_id, counters, gauges, passed_over))
 
     def fail(self, gateway: bytes, request_id: str, attempt: int, code: str, message: str) -> None:
         """End a request with an error, after the tokens it already has."""

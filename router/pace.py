@@ -25,7 +25,7 @@ UNKNOWN_S = 1.0
 """Patience with a server of which too little is known."""
 OWN_ALLOWANCE = 2.0
 """A server's own p99 counts up to so many times its peers': one that has become slow must not excuse itself."""
-SLOW, SLOW_WINDOWS = 3.0, 3
+SLOW, SLOW_WINDOWS = 3.0, 4
 """Slow is: a window's mean above SLOW times the peers' median, so many times running."""
 
 _PER_OCTAVE, _BUCKETS = 4, 128

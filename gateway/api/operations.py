@@ -43,7 +43,8 @@ async def status(request: web.Request) -> web.Response:
     if not _from_this_machine(request):
         raise ApiError(403, "the admin interface answers only requests from its own machine", code="forbidden")
     services = request.app[SERVICES]
-    return web.json_response(services.cluster.status(services.member(), services.pool.router_counters()))
+    pool = services.pool
+    return web.json_response(services.cluster.status(services.member(), pool.router_counters(), pool.passed_over()))
 
 
 def _from_this_machine(request: web.Request) -> bool:

@@ -82,7 +82,7 @@ def test_status_shows_the_view_and_this_process(model):
             assert other == {
                 "id": "router-0", "kind": "router", "pid": 1, "state": "ONLINE",
                 "incarnation": router.incarnation, "address": router.address, "experts": 0,
-                "zone": "",
+                "zone": "", "passed_over": {},
             }  # fmt: skip
 
     run(main())
@@ -93,7 +93,8 @@ def test_figures_of_the_routers_are_shown(model):
         routers = [FakeRouter(f"r{i}") for i in range(2)]
         async with gateway(model, *routers) as g:
             for router, rows in zip(routers, (3.0, 4.0), strict=True):
-                router.send(RouterStats(router.server_id, {"rows_resent": rows}, {"kv_cache_usage_perc": rows / 10}))
+                gauges = {"kv_cache_usage_perc": rows / 10}
+                router.send(RouterStats(router.server_id, {"rows_resent": rows}, gauges, {"router-9": "slow"}))
             await g.until(lambda: len(g.services.pool.stats) == 2)
             lines = (await g.get("/metrics"))[1].splitlines()
             assert "moering_router_rows_resent_total 7.0" in lines

@@ -58,6 +58,7 @@ class Member:
     view: View | None = None
     held: set[tuple[int, int]] = field(default_factory=set)
     suspects: list[str] = field(default_factory=list)
+    wedged: list[str] = field(default_factory=list)
     busy_for_s: float = 0.0
     progress: int = 0
     queued: int = 0
@@ -94,7 +95,7 @@ class Member:
     def lease(self) -> Lease:
         return Lease(
             self.server_id, self.incarnation, self.state, self.progress, self.queued, self.busy_for_s, self.suspects,
-            *self.acknowledged, b"",
+            *self.acknowledged, b"", self.wedged,
         )  # fmt: skip
 
     def report(self) -> Held:

@@ -73,6 +73,28 @@ def test_with_a_single_router_a_loop_that_stands_still_agrees_too() -> None:
     assert offline == {"e0"}
 
 
+@pytest.mark.parametrize("routers", [1, 3])
+def test_a_server_that_answers_nothing_is_dead_only_when_its_own_loop_stands_still(routers: int) -> None:
+    c = running(4, routers=routers)
+    for n in range(routers):
+        c.members[f"r{n}"].wedged = ["e0", "e1"]
+    c.members["e0"].queued = c.members["e1"].queued = 5
+    c.members["e0"].progress = 1
+    for _ in range(100):
+        c.members["e0"].progress += 1  # slow, but alive
+        c.run(0.1)
+    offline = {m.server_id for v in c.published for m in v.members if m.state == "OFFLINE"}
+    assert offline == {"e1"}
+
+
+def test_one_router_of_three_that_gets_no_answers_buries_nobody() -> None:
+    c = running(4, routers=3)
+    c.members["r0"].wedged = ["e0"]
+    c.members["e0"].queued = 5
+    c.run(10)
+    assert c.states()["e0"] == "ONLINE"
+
+
 def test_the_brake() -> None:
     c = running(6)
     for i in ("e0", "e1", "e2"):
