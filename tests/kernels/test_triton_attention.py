@@ -87,13 +87,13 @@ def test_chunks_at_every_kind_of_boundary():
         assert worst(got, expected) < TOLERANCE, (start, length)
 
 
-@pytest.mark.parametrize("tile_rows", [2, 8, 16])
+@pytest.mark.parametrize("tile_rows", [2, 8, 16] if GPU else [8])
 def test_decode_has_the_bits_of_prefill_at_every_position(tile_rows):
     """On a GPU. The interpreter's products depend on the tile, so there it is the values, at a few positions."""
-    length = 1500 if GPU else 300
+    length = 1500 if GPU else 70
     paged = Paged([length])
     whole, _ = paged.attend([(0, 0, length)], tile_rows)
-    positions = range(length) if GPU else (0, 1, 63, 64, 255, 256, 299)
+    positions = range(length) if GPU else (0, 63, 64, 69)
     different = []
     for p in positions:
         got = paged.attend([(0, p, 1)])[0][0]
