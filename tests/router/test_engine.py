@@ -6,7 +6,6 @@ import threading
 import pytest
 
 from moering import protocol
-from router import engine
 from router.flight import Flight
 from tests import tiny
 from tests.router.mini_cluster import Client, MiniCluster, wait_for
@@ -193,9 +192,8 @@ def test_a_prefix_from_the_cache_gives_the_bits_of_one_that_is_computed(cluster,
     cluster.engine._scheduler.check_integrity()
 
 
-def test_a_dead_gateways_requests_are_ended_whether_they_decode_or_wait(cluster, client, reference, monkeypatch):
-    """Those that produce nothing, too: parked ones, and the next report of figures is far away."""
-    monkeypatch.setattr(engine, "REPORT_S", 1e9)
+def test_a_dead_gateways_requests_are_ended_even_if_nothing_is_sent_to_it(cluster, client, reference, caplog):
+    """They are parked, and the next report of figures is far away."""
     dead = Client(cluster.address)
     dead.socket.send(protocol.encode(protocol.Hello("gateway", "g", 1, "", "")))
     dead.receive()
@@ -206,8 +204,10 @@ def test_a_dead_gateways_requests_are_ended_whether_they_decode_or_wait(cluster,
         server.die()
     wait_for(lambda: cluster.engine.gauges()["requests_parked"] == 1)
     assert cluster.engine.gauges()["kv_blocks_in_use"] > 0
+    cluster.engine._next_report_s = float("inf")
     dead.socket.close()
     wait_for(lambda: cluster.engine.queued == 0)
+    assert "1 requests of it are aborted" in caplog.text, "it waited until its time was over"
     assert cluster.engine.gauges()["kv_blocks_in_use"] == cluster.engine.gauges()["requests_parked"] == 0
     cluster.restart(0)
     client.submit("q2", PROMPTS["q2"])
