@@ -16,9 +16,15 @@ class WholeDecoder(Decoder):
     """`until_experts` goes through all layers at once; the engine finds the last one done."""
 
     def __init__(
-        self, checkpoint: Checkpoint, kv_cache: KVCache, max_rows: int, max_sequences: int, max_model_len: int
+        self,
+        checkpoint: Checkpoint,
+        kv_cache: KVCache,
+        max_rows: int,
+        max_sequences: int,
+        max_model_len: int,
+        device: str = "cuda",
     ) -> None:
-        super().__init__(checkpoint, kv_cache, max_rows, max_sequences, max_model_len)
+        super().__init__(checkpoint, kv_cache, max_rows, max_sequences, max_model_len, device)
         self._experts = LocalExperts(checkpoint, self.device).layers
         rows = self._limits.rows * self.config.top_k
         self._outputs = torch.zeros(rows, self.config.hidden_size, dtype=torch.bfloat16, device=self.device)

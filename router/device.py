@@ -32,7 +32,9 @@ def build_parts(config: Config, checkpoint: Checkpoint, decoder_class: type | No
     """
     torch.set_grad_enabled(False)
     if config.device == "cuda":
-        return _cuda(config, checkpoint, decoder_class)
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: PyTorch finds no GPU")
+        return cuda_parts(config, checkpoint, decoder_class)
     from router.decoder import Decoder
     from router.kv_cache import KVCache
     from router.sampler import Sampler
@@ -42,18 +44,19 @@ def build_parts(config: Config, checkpoint: Checkpoint, decoder_class: type | No
     return Parts(decoder, Sampler(), cache.num_blocks, cache.block_size, cache.copy_block)
 
 
-def _cuda(config: Config, checkpoint: Checkpoint, decoder_class: type | None) -> Parts:
+def cuda_parts(config: Config, checkpoint: Checkpoint, decoder_class: type | None, device: str = "cuda") -> Parts:
+    """The parts for a GPU; on `device` "cpu" for Triton's interpreter."""
     from router.decoder_cuda import Decoder
     from router.kv_cache_cuda import KVCache
     from router.sampler_cuda import Sampler
 
-    if not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch finds no GPU")
-    cache = KVCache(*_shape(checkpoint), _num_blocks(config, checkpoint, KVCache))
+    cache = KVCache(*_shape(checkpoint), _num_blocks(config, checkpoint, KVCache), device)
     max_rows = config.max_num_batched_tokens + config.max_num_seqs  # prefill tokens, and a row of each that decodes
     model = MoEModelConfig.from_checkpoint(checkpoint)
-    decoder = (decoder_class or Decoder)(checkpoint, cache, max_rows, config.max_num_seqs, max_length(config, model))
-    decoder.warm_up()
+    length = max_length(config, model)
+    decoder = (decoder_class or Decoder)(checkpoint, cache, max_rows, config.max_num_seqs, length, device=device)
+    if device == "cuda":
+        decoder.warm_up()
     return Parts(decoder, Sampler(), cache.num_blocks, cache.block_size, cache.copy_block)
 
 

@@ -1,0 +1,82 @@
+"""The whole hop with the GPU's parts on both sides: engine, sockets, expert servers, a death in between. Interpreted
+without a GPU, one kernel at a time, since the interpreter is not made for threads."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from expert_server.backend_cuda import CudaBackend
+from router import device
+from router.decoder_cuda import Decoder
+from tests.interpreter import DEVICE
+from tests.router import mini_cluster
+from tests.router.mini_cluster import Client, MiniCluster
+from tests.tiny import write_checkpoint
+
+# a compute thread that "dies" ends with SystemExit
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+TOKENS = 4
+PROMPTS = {"a": [5, 6, 7], "b": [8, 9]}
+_one_at_a_time = threading.RLock()
+
+
+class OneAtATime(Decoder):
+    def until_experts(self, mb):
+        with _one_at_a_time:
+            super().until_experts(mb)
+
+    def logits(self, mb, rows):
+        with _one_at_a_time:
+            return super().logits(mb, rows)
+
+
+class Backend(CudaBackend):
+    """One for all servers of the mini cluster."""
+
+    def __init__(self, arithmetic, threads):
+        super().__init__(64, 96, 99, device=DEVICE)
+
+    def compute(self, *args):
+        with _one_at_a_time:
+            super().compute(*args)
+
+
+@pytest.fixture
+def cluster(tmp_path, tmp_path_factory, monkeypatch):
+    path = write_checkpoint(tmp_path_factory.mktemp("c"), "qwen3_moe", layers=2, dtype="BF16")
+    monkeypatch.setattr(mini_cluster, "CpuBackend", Backend)
+    monkeypatch.setattr(
+        device, "build_parts", lambda config, checkpoint, _: device.cuda_parts(config, checkpoint, OneAtATime, DEVICE)
+    )
+    cluster = MiniCluster(tmp_path, path, max_model_len=600)
+    yield cluster
+    cluster.close()
+
+
+def test_a_dead_server_changes_no_token(cluster):
+    calm = answers(cluster)
+    assert [len(tokens) for tokens in calm.values()] == [TOKENS] * len(PROMPTS)
+    victim = cluster.servers[0]
+    victim.gate.clear()
+    victim.entered.clear()
+    client = Client(cluster.address)
+    for name, prompt in PROMPTS.items():
+        client.submit(name, prompt, max_tokens=TOKENS)
+    assert victim.entered.wait(mini_cluster.DEADLINE_S)  # it has rows that nobody else has
+    victim.die()
+    assert ids(client.until_ended(len(PROMPTS))) == calm
+    assert cluster.exchange.dispatcher.counters.rows_resent > 0
+
+
+def answers(cluster):
+    client = Client(cluster.address)
+    for name, prompt in PROMPTS.items():
+        client.submit(name, prompt, max_tokens=TOKENS)
+    return ids(client.until_ended(len(PROMPTS)))
+
+
+def ids(tokens):
+    return {name: [token for token, _ in tokens[name]] for name in sorted(tokens)}
