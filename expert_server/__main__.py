@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import zmq
@@ -26,6 +27,7 @@ from expert_server.residency import Residency
 from expert_server.service import Service
 from moering import transport
 from moering.checkpoint import Checkpoint
+from moering.drain import experts_are_elsewhere, nobody_needs, told_to_drain
 from moering.errors import ConfigError, HandshakeError, MoeringError
 from moering.leader import finder
 from moering.lease import LeaseClient
@@ -52,15 +54,19 @@ class ExpertServer:
         self.lease = LeaseClient(coordinator, self._register, self._lease, self._on_view, self._on_refused)
         self.loader = Loader(self.id, self._load, self.residency, self._report, self._read.announce)
         self.state = "JOINING"
+        self._identity = MemberInfo(
+            "expert-server", self.id, self.incarnation, self.address, os.getpid(), "JOINING", config.zone, 0, 0
+        )  # fmt: skip
         self.view: View | None = None
         self._fingerprint = ""
         self._prepared = threading.Event()  # torch is imported and the probe has run
         self._stop = threading.Event()
+        self._terminated = False  # by SIGTERM
         self._failure: MoeringError | None = None
 
     def run(self) -> int:
-        """Serve until SIGTERM. Raises what made serving impossible."""
-        install_signal_handlers(self._stop.set)
+        """Serve until there is no need to any more. Raises what made serving impossible."""
+        install_signal_handlers(self._terminate)
         self.service.start()
         self.lease.start()
         threading.Thread(target=self._keep_loading, name="loader", daemon=True).start()
@@ -124,6 +130,31 @@ class ExpertServer:
         self._failure = error
         self._stop.set()
 
+    # --- draining ---
+
+    def _terminate(self) -> None:
+        """SIGTERM: go once others have what is here, or after a while."""
+        self._terminated = True
+        timer = threading.Timer(self.config.drain_timeout_s, self._stop.set)
+        timer.daemon = True
+        timer.start()
+        self._follow_drain()
+
+    def _follow_drain(self) -> None:
+        """Drain, go, or stay after all, as the view and the operator want it. On any thread."""
+        view, own = self.view, self._identity
+        if not self._terminated and (view is None or not told_to_drain(view, own)):
+            if self.state == "DRAINING":
+                logger.info("not draining any more")
+                self.state = "ONLINE"
+                self.lease.renew()
+        elif self.state == "JOINING" or view is None or nobody_needs(view, own) or experts_are_elsewhere(view, own):
+            self._stop.set()
+        elif self.state == "ONLINE":
+            logger.info("draining: others load the %d experts that are here", len(self.residency.keys()))
+            self.state = "DRAINING"
+            self.lease.renew()
+
     # --- membership ---
 
     def _register(self) -> Register:
@@ -131,13 +162,13 @@ class ExpertServer:
         held, _ = self.residency.report()
         cp = self.checkpoint
         return Register(
-            self._member(), cp.path.name, cp.digest, cp.num_layers, cp.num_experts, self._fingerprint, held, None
-        )
+            self._member(), cp.path.name, cp.digest, cp.num_layers, cp.num_experts, self._fingerprint, held, None,
+            cp.expert_bytes,
+        )  # fmt: skip
 
     def _member(self) -> MemberInfo:
-        return MemberInfo(
-            "expert-server", self.id, self.incarnation, self.address, os.getpid(), self.state, self.config.zone,
-            self._capacity(), len(self.residency.keys()),
+        return replace(
+            self._identity, state=self.state, capacity=self._capacity(), experts=len(self.residency.keys())
         )  # fmt: skip
 
     def _capacity(self) -> int:
@@ -155,6 +186,7 @@ class ExpertServer:
         self.view = view
         self.service.epoch = view.epoch
         self.loader.view_changed(view)
+        self._follow_drain()
 
     def _on_refused(self, reason: str) -> None:
         self._fail(HandshakeError(f"the coordinator refused this server: {reason}"))

@@ -27,6 +27,7 @@ class Config:
     credit_rows: int = option(4096, "rows that one router may have outstanding here")
     load_threads: int = option(1, "experts read and hashed at once while loading; more than 1 needs cores to spare")
     nice: bool = option(True, "start at low priority until online, so that joining does not slow the others")
+    drain_timeout_s: float = option(30.0, "after SIGTERM, how long others may take to load what is here")
     insecure: bool = option(False, "allow --bind on an address that other machines reach, without encryption")
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from gateway.api import chat, completions, models, operations
+from gateway.api import admin, chat, completions, elastic, models, operations
 from gateway.middleware import add_request_id, envelope
 from gateway.services import SERVICES, Services
 
@@ -23,6 +23,16 @@ def make_app(services: Services) -> web.Application:
         web.get("/ready", operations.ready),
         web.get("/metrics", operations.metrics),
         web.get("/version", operations.get_version),
-        web.get("/admin/status", operations.status),
+        web.get("/admin/status", admin.guarded(admin.status)),
+        web.get("/admin/operations", admin.guarded(admin.operations)),
+        web.get("/admin/operations/{id}", admin.guarded(admin.operation)),
+        web.delete("/admin/operations/{id}", admin.guarded(admin.cancel)),
+        web.get("/admin/events", admin.guarded(admin.events)),
+        web.post("/admin/scale", admin.guarded(admin.scale)),
+        web.post("/admin/drain", admin.guarded(admin.drain)),
+        web.post("/admin/restart", admin.guarded(admin.restart)),
+        web.post("/scale_elastic_ep", admin.guarded(elastic.scale_elastic_ep)),
+        web.route("GET", "/is_scaling_elastic_ep", admin.guarded(elastic.is_scaling_elastic_ep)),
+        web.route("POST", "/is_scaling_elastic_ep", admin.guarded(elastic.is_scaling_elastic_ep)),
     ])  # fmt: skip
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from typing import Any
 
@@ -14,7 +15,9 @@ class Cluster:
     def __init__(self) -> None:
         self.view: View | None = None
         self.covered = False  # all experts were routed at least once
-        self.draining = False  # this process is on its way out
+        self.told_to_leave = asyncio.Event()  # an operation wants this process to go
+        self.leaving = False  # this process is on its way out: it serves whom it is connected to
+        self.draining = False  # it takes no more requests
 
     def apply(self, view: View) -> None:
         """Take a newer view."""

@@ -29,6 +29,9 @@ class Config:
     request_timeout_s: float = option(600.0, "a request that takes longer ends with an error")
     stall_timeout_s: float = option(30.0, "a client that reads nothing for this long is cut off")
     drain_timeout_s: float = option(30.0, "time that running requests get after SIGTERM")
+    listen_fd: int = option(-1, "listening socket inherited from the launcher, instead of --host and --port")
+    admin_key: str = option("", "key of /admin and of scaling; without one only this machine may use them")
+    admin_key_file: str = option("", "file with such keys, one a line")
     log_interval_s: float = option(10.0, "one log line with the load this often while there is load")
 
     @property

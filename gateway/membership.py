@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from gateway.services import Services
+from moering.drain import told_to_drain
 from moering.leader import finder
 from moering.lease import LeaseClient
 from moering.protocol import Lease, Leave, Register, View
@@ -24,6 +26,8 @@ def apply_view(services: Services, view: View) -> None:
     if services.cluster.covered and not was_covered:
         logger.info("all experts are being served (epoch %d)", view.epoch)
     services.pool.update(view.members)
+    if told_to_drain(view, services.own):
+        services.cluster.told_to_leave.set()
 
 
 @contextlib.asynccontextmanager
@@ -50,9 +54,13 @@ async def joined(services: Services, on_refused: Callable[[], None]) -> AsyncIte
     def on_view(view: View) -> None:
         loop.call_soon_threadsafe(apply_view, services, view)
 
+    def on_message(message: Any) -> None:
+        loop.call_soon_threadsafe(services.admin.take, message)
+
     coordinator = finder(services.config.join, services.config.membership)
-    client = LeaseClient(coordinator, register, lease, on_view, refused)
+    client = LeaseClient(coordinator, register, lease, on_view, refused, on_message)
     client.start()
+    services.admin.send = client.send
     ticker = asyncio.create_task(progress.run())
     try:
         yield

@@ -44,7 +44,9 @@ async def envelope(request: web.Request, handler: Handler) -> web.StreamResponse
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """`on_response_prepare`: also streams carry the id."""
+    """`on_response_prepare`: also streams carry the id. A gateway that leaves sends its clients to the next one."""
+    if request.app[SERVICES].cluster.leaving:
+        response.force_close()
     response.headers["X-Request-Id"] = request_id.get()
 
 

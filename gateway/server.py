@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from aiohttp import web
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 SEND_BUFFER_BYTES = 128 << 10
 """Kernel memory for a client that does not read. Left alone, the kernel lets it grow to megabytes."""
 BACKLOG = 1024
+LAME_DUCK_S, LAME_DUCK_LOOK_S = 1.0, 0.02
 FLUSH_S = 2.0
 """Time that the last events get to reach their clients after the drain's limit."""
 
@@ -36,7 +38,7 @@ async def serve(config: Config) -> int:
     stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     handle_signals(lambda: _resolve(stop, 0))
     model = load_model(config.checkpoint, config.served_model_name, config.max_model_len_tokens)
-    listener = listen(config.host, config.port)
+    listener = listen(config.host, config.port) if config.listen_fd < 0 else inherited(config.listen_fd)
     # Views keep coming until the last stream has ended: a router may die during a drain, too.
     async with (
         started(config, model, listener) as services,
@@ -44,7 +46,7 @@ async def serve(config: Config) -> int:
         accepting(services, listener),
     ):
         logger.info("serving %s at %s", model.name, services.own.address)
-        status = await stop
+        status = await told_to_stop(stop, services.cluster.told_to_leave)
         logger.info("stopping; %d requests may finish within %g s", len(services.journal), config.drain_timeout_s)
     return status
 
@@ -75,13 +77,48 @@ async def accepting(services: Services, listener: socket.socket) -> AsyncIterato
     )
     await runner.setup()
     try:
-        await web.SockSite(runner, listener, backlog=BACKLOG).start()
+        site = web.SockSite(runner, listener, backlog=BACKLOG)
+        await site.start()
         yield
     finally:
+        services.cluster.leaving = True
+        await site.stop()  # whoever shares the port has new connections from here on
+        await lame_duck(services, runner)
         services.cluster.draining = True
         timer = asyncio.get_running_loop().call_later(limit_s, services.pool.fail_all, "the server is stopping")
         await runner.cleanup()
         timer.cancel()
+
+
+async def told_to_stop(stop: asyncio.Future[int], told_to_leave: asyncio.Event) -> int:
+    """Until a signal or an operation ends this process; the exit status."""
+    told = asyncio.create_task(told_to_leave.wait())
+    waiting: list[asyncio.Future[Any]] = [stop, told]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    return stop.result() if stop.done() else 0
+
+
+async def lame_duck(services: Services, runner: web.AppRunner) -> None:
+    """Serve on over connections that are there, each of whose answers closes its own: a client that sends just now gets
+    its answer. For a moment; if an operation ends this process, until the last request has ended by itself."""
+    loop = asyncio.get_running_loop()
+    begun, limit_s = loop.time(), services.config.request_timeout_s
+    while runner.server is not None and runner.server.connections and loop.time() < begun + limit_s:
+        if loop.time() >= begun + LAME_DUCK_S and not (services.cluster.told_to_leave.is_set() and services.journal):
+            return
+        await asyncio.sleep(LAME_DUCK_LOOK_S)
+
+
+def inherited(fd: int) -> socket.socket:
+    """The listening socket that the launcher and all its gateways share. Raises `ConfigError`."""
+    try:
+        listener = socket.socket(fileno=fd)
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    except OSError as e:
+        raise ConfigError(f"--listen-fd {fd}: {e.strerror or e}") from e
+    return listener
 
 
 def listen(host: str, port: int) -> socket.socket:

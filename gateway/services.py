@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from aiohttp import web
 
+from gateway.admin import Admin, admin_keys
 from gateway.cluster import Cluster
 from gateway.config import Config
 from gateway.errors import ApiError
@@ -33,10 +34,11 @@ class Services:
     cluster: Cluster
     metrics: Metrics
     guard: StallGuard
+    admin: Admin
 
     def not_ready(self) -> str | None:
         """Why requests cannot be accepted now; None when they can."""
-        if self.cluster.draining:
+        if self.cluster.leaving:
             return "the server is shutting down"
         if not self.cluster.covered:
             return "the model is still being loaded"
@@ -46,7 +48,7 @@ class Services:
 
     def member(self) -> MemberInfo:
         """This process as others should see it now."""
-        state = "DRAINING" if self.cluster.draining else "ONLINE" if self.cluster.covered else "JOINING"
+        state = "DRAINING" if self.cluster.leaving else "ONLINE" if self.cluster.covered else "JOINING"
         return replace(self.own, state=state)
 
     def admit(self, choices: int) -> None:
@@ -94,7 +96,7 @@ def make_services(config: Config, model: Model, own: MemberInfo) -> Services:
             **{f"router_{name}": value for name, value in pool.router_counters().items()},
         },
     )
-    return Services(config, own, model, journal, pool, cluster, metrics, guard)
+    return Services(config, own, model, journal, pool, cluster, metrics, guard, Admin(admin_keys(config)))
 
 
 SERVICES = web.AppKey("services", Services)

@@ -19,6 +19,9 @@ PROCESSES = {
 COMMANDS = {
     "serve": ("moering.launcher", "serve a model on this machine, with all processes"),
     "status": ("moering.status", "show the processes of a cluster"),
+    "scale": ("moering.operate", "change the number of expert servers or routers, under load"),
+    "drain": ("moering.operate", "empty a process, which then exits, under load"),
+    "restart": ("moering.operate", "restart every process, one after the other, under load"),
     "chat": ("moering.chat", "talk to a model in the terminal"),
 }
 
@@ -27,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command named by the first word of `argv`. Returns the exit status, 2 where there is no such command."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in COMMANDS:
-        return int(importlib.import_module(COMMANDS[command][0]).main(rest))
+        module = importlib.import_module(COMMANDS[command][0])
+        return int(module.main(rest) if hasattr(module, "main") else getattr(module, command)(rest))
     if command in PROCESSES:
         os.execv(sys.executable, [*command_line(command), *rest])
     if command in ("-V", "--version"):

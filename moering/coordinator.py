@@ -21,6 +21,7 @@ from moering import protocol, transport
 from moering.actions import Action, Probe, Rules, Send
 from moering.config import option
 from moering.errors import ConfigError, ProtocolError
+from moering.event_feed import EventFeed
 from moering.leader import EMBEDDED, MEMBERSHIP_HELP, etcd_cluster
 from moering.membership import Membership
 from moering.office import Elected, Fence, Published
@@ -78,7 +79,8 @@ class Coordinator:
             config.allow_inexact,
         )  # fmt: skip
         self._own = MemberInfo("coordinator", config.id, incarnation(), self.address, os.getpid(), "ONLINE", "", 0, 0)
-        self.membership = Membership(self._rules, self._own, clock())
+        self.membership = Membership(self._rules, self._own, clock(), epoch_s=self._epoch_s())
+        self._feed = EventFeed()
         self.bad_frames = 0
         self._wakeup = transport.Wakeup()
         self._fence = Fence()
@@ -109,6 +111,8 @@ class Coordinator:
             if self._clock() >= next_tick_s:
                 if self.leading:
                     self._act(self.membership.tick(self._clock()))
+                    self._feed.send(self.membership, self.socket)
+                    self._stopping |= self.membership.told_to_leave
                 next_tick_s = self._clock() + TICK_S
         self.close()
 
@@ -120,6 +124,9 @@ class Coordinator:
         self._wakeup.close()
         self.socket.close()
 
+    def _epoch_s(self) -> float:
+        return time.time() - self._clock()
+
     def _follow_election(self) -> None:
         for event in () if self._election is None else self._election.take():
             if isinstance(event, Published):
@@ -129,7 +136,8 @@ class Coordinator:
             self._fence = Fence()
             self.leading = isinstance(event, Elected)
             if isinstance(event, Elected):
-                self.membership = Membership(self._rules, self._own, self._clock(), event.term)
+                self.membership = Membership(self._rules, self._own, self._clock(), event.term, self._epoch_s())
+                self._feed = EventFeed()
                 if event.view is not None:
                     self.membership.succeed(event.view, self._clock())
 

@@ -45,7 +45,12 @@ def request(url: str, body: object = None, timeout_s: float = 10.0, key: str | N
 
 def get_json(url: str, timeout_s: float = 10.0, key: str | None = None) -> Any:
     """The JSON document at `url`. Raises `HttpError`."""
-    with request(url, timeout_s=timeout_s, key=key) as response:
+    return read_json(request(url, timeout_s=timeout_s, key=key), url)
+
+
+def read_json(response: HTTPResponse, url: str) -> Any:
+    """The JSON document that `response` brings; closes it. Raises `HttpError`."""
+    with response:
         try:
             return json.load(response)
         except (OSError, HTTPException, ValueError) as e:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shlex
 import shutil
 import signal
 import socket
@@ -20,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moering.checkpoint import Checkpoint
+from moering.commands import Commands, coordinator_address
 from moering.config import option
 from moering.errors import ConfigError
 from moering.exit_reports import ExitReports
 from moering.http_client import HttpError, get_json, request
+from moering.launcher_member import LauncherMember, Make
 from moering.leader import EMBEDDED, MEMBERSHIP_HELP, Finder, etcd_cluster, finder
-from moering.process import command_line, run_main
+from moering.process import run_main
 from moering.protocol import ProvenExit
 from moering.status import coverage, fetch
 from moering.supervisor import Command, Exit, Policy, Supervisor
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 STOP_ORDER = ("gateway", "router", "expert-server", "coordinator")  # nobody loses a peer that it still needs
 READY_POLL_S = 0.2
+BACKLOG = 1024  # connections that wait for a gateway to take them
 MAX_RUN_DIRECTORY_CHARS = 60  # a Unix socket's path ends at 103 characters on some systems
 
 
@@ -93,73 +95,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main("serve", Config, _run, argv)
 
 
-def commands(config: Config, checkpoint: Path, run_directory: Path) -> list[Command]:
-    """The processes to run. Each start has a socket of its own, so that no process is taken for the one before it; only
-    a single coordinator keeps its address, where its members look for it again."""
-    elected = config.membership != EMBEDDED
-    join = ["--membership", config.membership] if elected else ["--join", coordinator_address(run_directory)]
-    read = ["--checkpoint", str(checkpoint)]
-    device = [] if config.device == "cpu" else ["--device", config.device]
-
-    def bind(server_id: str, start: int) -> list[str]:
-        if not config.listen:
-            return ["--bind", f"ipc://{run_directory}/{server_id}.{start}"]
-        return ["--bind", f"tcp://{config.listen}:*", *(["--insecure"] if config.insecure else [])]
-
-    def member(kind: str, name: str, flags: Sequence[str], extra: str) -> Command:
-        server_id = config.prefix + name
-
-        def argv(start: int) -> list[str]:
-            at = [] if kind == "gateway" else bind(server_id, start)
-            return [*command_line(kind), *read, *join, "--id", server_id, *at, *flags, *shlex.split(extra)]
-
-        return Command(server_id, kind, argv)
-
-    def coordinator(start: int) -> list[str]:
-        own = [*bind("coordinator", start), *join, "--id", config.prefix + "coordinator"]
-        own = own if elected else ["--bind", join[1]]
-        size = ["--expert-servers", str(config.expert_servers), "--replication", str(config.replication)]
-        size += ["--rejoin-grace-s", str(config.rejoin_grace_s)]
-        return [*command_line("coordinator"), *own, *size, *shlex.split(config.coordinator_args)]
-
-    name = config.served_model_name or ("default" if config.model == "default" else checkpoint.name)
-    http = ["--host", config.host, "--port", str(config.port), "--served-model-name", name]
-    return [
-        Command(config.prefix + "coordinator", "coordinator", coordinator),
-        *(
-            member("expert-server", f"expert-{i}", device + config.zone_flags(i), config.expert_server_args)
-            for i in range(config.expert_servers)
-        ),
-        *(member("router", f"router-{i}", device, config.router_args) for i in range(config.routers)),
-        member("gateway", "gateway-0", http, config.gateway_args),
-    ]
-
-
-def coordinator_address(run_directory: Path) -> str:
-    """Where a single coordinator is reached, now and after a restart."""
-    return f"ipc://{run_directory}/coordinator"
-
-
-def serve(config: Config, processes: Sequence[Command], coordinator: str) -> int:
+def serve(
+    config: Config, processes: Sequence[Command], coordinator: str, make: Make, http: socket.socket | None = None
+) -> int:
     """Run `processes` until SIGTERM or SIGINT; a second one kills them. Returns the exit status; raises `StartFailed`.
 
-    The proven exits go to the elected coordinator, or to the single one at address `coordinator`.
+    The proven exits go to the elected coordinator, or to the single one at address `coordinator`. `make` is for what
+    operations add later. The listening socket `http` is closed when the end begins.
     """
-    return asyncio.run(_serve(config, processes, coordinator))
+    return asyncio.run(_serve(config, processes, coordinator, make, http))
 
 
-async def _serve(config: Config, processes: Sequence[Command], coordinator: str) -> int:
+async def _serve(
+    config: Config, processes: Sequence[Command], coordinator: str, make: Make, http: socket.socket | None
+) -> int:
     policy = Policy(max_delay_s=config.max_restart_delay_s, stop_s=config.drain_timeout_s)
     loop = asyncio.get_running_loop()
     with _reports(finder(coordinator, config.membership), loop) as report:
         supervisor = Supervisor(processes, STOP_ORDER, report, policy)
+
+        def stop() -> None:
+            supervisor.stop()
+            if http is not None:
+                http.close()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, supervisor.stop)
+            loop.add_signal_handler(number, stop)
+        member = LauncherMember(config.prefix + "launcher", finder(coordinator, config.membership), supervisor, make)
         announcing = asyncio.create_task(_announce(config, supervisor.mark_ready))
         try:
             await supervisor.run()
         finally:
             announcing.cancel()
+            member.close()
     return 1 if supervisor.killed else 0
 
 
@@ -204,7 +172,7 @@ def _check_ready(url: str) -> None:
 def _ready_line(url: str) -> str:
     try:
         models = ", ".join(str(m["id"]) for m in get_json(f"{url}/v1/models")["data"])
-        covered = coverage(fetch(url))
+        covered = coverage(fetch(url, key=os.environ.get("MOERING_ADMIN_KEY")))
     except (HttpError, KeyError, TypeError) as e:  # for example because /admin needs a key
         return f"Ready: {url}/v1 (no details: {e})"
     return f"Ready: {url}/v1 serves {models}; {covered}"
@@ -212,14 +180,16 @@ def _ready_line(url: str) -> str:
 
 def _run(config: Config) -> int:
     etcd_cluster(config.membership)  # a wrong one is one error here and not one of each process
-    _check_port_is_free(config)
     os.environ.pop("MOERING_CONFIG", None)  # the keys of that file are the launcher's; its processes would refuse them
+    http = _listen(config)
     checkpoint = _checkpoint(config.model)
     logger.info("%d expert servers, replication %d", config.expert_servers, config.replication)
     run_directory = _make_run_directory()
+    commands = Commands(config, checkpoint, run_directory, http.fileno())
     try:
-        return serve(config, commands(config, checkpoint, run_directory), coordinator_address(run_directory))
+        return serve(config, commands.initial(), coordinator_address(run_directory), commands.make, http)
     finally:
+        http.close()
         shutil.rmtree(run_directory, ignore_errors=True)
 
 
@@ -238,13 +208,11 @@ def _checkpoint(model: str) -> Path:
     return path
 
 
-def _check_port_is_free(config: Config) -> None:
-    """Without this, the readiness of another server on the port would be taken for ours."""
+def _listen(config: Config) -> socket.socket:
+    """The HTTP port. It is the launcher's, so that no connection is refused while one gateway follows another."""
     try:
-        family, kind, number, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, number) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
     except OSError as e:
         raise ConfigError(f"cannot listen on {config.host} port {config.port}: {e.strerror}; see --host, --port") from e
 

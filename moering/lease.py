@@ -31,7 +31,8 @@ class LeaseClient(threading.Thread):
     """Keeps one process a member of the cluster.
 
     `register` and `lease` return the message as of now; `on_view` gets each newer view and `on_refused` a refusal for
-    good, both on this thread. `renew` may be called from any thread when something urgent changed.
+    good, `on_message` what else the coordinator says, all on this thread. `renew` may be called from any thread when
+    something urgent changed.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class LeaseClient(threading.Thread):
         lease: Callable[[], Lease],
         on_view: Callable[[View], None],
         on_refused: Callable[[str], None],
+        on_message: Callable[[Any], None] = lambda message: None,
     ) -> None:
         super().__init__(name="lease", daemon=True)
         self._coordinator = coordinator
-        self._session = LeaseSession(register, lease, on_view, on_refused)
+        self._session = LeaseSession(register, lease, on_view, on_refused, on_message)
         self._wakeup = transport.Wakeup()
         self._stopping = threading.Event()
 

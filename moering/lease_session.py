@@ -23,7 +23,7 @@ class LeaseSession:
     """The messages of one member. `send` may be called from any thread, all else from one.
 
     `register` and `lease` return the message as of now; `on_view` gets each newer view and `on_refused` a refusal for
-    good.
+    good, `on_message` whatever else the coordinator says.
     """
 
     def __init__(
@@ -32,9 +32,10 @@ class LeaseSession:
         lease: Callable[[], Lease],
         on_view: Callable[[View], None],
         on_refused: Callable[[str], None],
+        on_message: Callable[[Any], None] = lambda message: None,
     ) -> None:
         self._register, self._lease = register, lease
-        self._on_view, self._on_refused = on_view, on_refused
+        self._on_view, self._on_refused, self._on_message = on_view, on_refused, on_message
         self._outbox: deque[Any] = deque()
         self._view: View | None = None
         self._registered = False
@@ -83,6 +84,8 @@ class LeaseSession:
                 self._on_refused(message.reason)
             else:
                 logger.warning("the coordinator refused: %s; trying again", message.reason)
+        else:
+            self._on_message(message)
         return False
 
     def _take_view(self, view: View) -> None:

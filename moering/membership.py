@@ -17,6 +17,7 @@ from typing import Any
 
 from moering.actions import Action, Rules, Send
 from moering.admission import STATES, Admission, check_fields, read_view
+from moering.drain import told_to_drain
 from moering.errors import HandshakeError, ProtocolError
 from moering.first_plan import FirstPlan
 from moering.operations.book import Operations
@@ -144,6 +145,7 @@ class Membership:
         if not planned and view.layers:
             self._recovery.start(view, [r.info.server_id for r in self.roster.alive()], now_s)
         self.operations.restore(view)
+        self.timeline.took_over(view.operations)
         self.term, self.epoch = max(self.term, view.term + 1), max(self.epoch, view.epoch)
         self._tables = None
 
@@ -248,6 +250,11 @@ class Membership:
         if record.info.kind == "expert-server" and self.placement is not None:
             self.placement.lose(record.info.server_id, keep_share=keep_share)
             self._replan |= not keep_share
+
+    @property
+    def told_to_leave(self) -> bool:
+        """Whether an operation wants this coordinator to make room for the next one, and members know of it."""
+        return self.view is not None and told_to_drain(self.view, self.own)
 
     # --- time ---
 

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +37,7 @@ class Command:
     id: str
     kind: str
     argv: Callable[[int], Sequence[str]]
+    fds: tuple[int, ...] = ()  # file descriptors that the process inherits
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Policy:
     first_delay_s: float = 1.0  # of the second restart in a row; the first is immediate, each later delay doubles
     max_delay_s: float = 10.0
     healthy_s: float = 60.0  # a child that lived this long starts again without a delay
+    orderly_s: float = 1.0  # so does one that exited with status 0 after so long: it was told to
     max_failed_starts: int = 3  # deaths in a row of a child that was never ready: give up
     stop_s: float = 30.0  # for each kind at a stop, then SIGKILL
     same_request_s: float = 1.0  # stop requests this close are one: `make` and `timeout` pass on what a group gets too
@@ -76,7 +78,6 @@ class StartFailed(MoeringError):
 class _Child:
     command: Command
     process: asyncio.subprocess.Process | None = None
-    starts: int = 0
     deaths: int = 0  # in a row
     was_ready: bool = False
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -93,7 +94,7 @@ class Supervisor:
     """Runs `commands`, started in the given order and stopped kind by kind in the order of `stop_order`.
 
     `stop_order` names each kind that occurs, once. `on_exit` hears of every child that is reaped, before it is started
-    again. To be made on the running loop of the main thread.
+    again. Children may be added and let go while it runs. To be made, and used, on the running loop of the main thread.
     """
 
     def __init__(
@@ -103,7 +104,11 @@ class Supervisor:
         on_exit: Callable[[Exit], None],
         policy: Policy = Policy(),
     ) -> None:
-        self._children = [_Child(c) for c in commands]
+        self._children = {c.id: _Child(c) for c in commands}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._starts: Counter[str] = Counter()  # by id: one that comes back after it was let go is counted on
+        self._retired: set[str] = set()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stop_order, self._on_exit, self._policy = stop_order, on_exit, policy
         self._stop_from: float | None = None  # time.monotonic() of the first stop request
         self._ending = False  # from now on SIGKILL
@@ -113,16 +118,48 @@ class Supervisor:
 
     async def run(self) -> None:
         """Supervise until `stop` was called and all children are gone. Raises `StartFailed`; leaves no child."""
-        tasks = [asyncio.create_task(self._supervise(child), name=child.command.id) for child in self._children]
-        stop = asyncio.create_task(self._stop_in_order(tasks))
+        for child in self._children.values():
+            self._begin(child)
+        stop = asyncio.create_task(self._stop_in_order())
         try:
-            await asyncio.gather(stop, *tasks)
+            await asyncio.wait([stop, self._failure], return_when=asyncio.FIRST_COMPLETED)
+            if self._failure.done():
+                self._failure.result()
+            await stop
         finally:
             stop.cancel()
             self._kill()
-            await asyncio.gather(stop, *tasks, return_exceptions=True)
+            await asyncio.gather(stop, *self._tasks.values(), return_exceptions=True)
+            self._failure.cancel()
             os.close(self._launcher_pipe)
             os.close(self._launcher_fd)
+
+    @property
+    def ids(self) -> set[str]:
+        """The children that are kept running."""
+        return self._children.keys() - self._retired
+
+    def add(self, command: Command) -> None:
+        """Keep one more process running; nothing happens if there is one of this id, or during a stop."""
+        self._retired.discard(command.id)
+        if command.id not in self._children and self._stop_from is None:
+            child = self._children[command.id] = _Child(command, was_ready=True)
+            self._begin(child)
+
+    def retire(self, server_id: str) -> None:
+        """Do not start this one again when it exits."""
+        if server_id in self._children:
+            self._retired.add(server_id)
+
+    def end(self, server_id: str) -> None:
+        """Stop this one, by SIGKILL if need be, and do not start it again."""
+        child = self._children.get(server_id)
+        if child is not None and not child.stopping.is_set():
+            logger.info("stopping: %s", server_id)
+            self._retired.add(server_id)
+            child.stopping.set()
+            child.signal(signal.SIGTERM)
+            asyncio.get_running_loop().call_later(self._policy.stop_s, child.signal, signal.SIGKILL)
 
     def stop(self) -> None:
         """Begin to stop; a second call, from `Policy.same_request_s` later on, kills what is left."""
@@ -136,14 +173,24 @@ class Supervisor:
 
     def mark_ready(self) -> None:
         """All children work together: from now on a death is answered by a restart, however often it happens."""
-        for child in self._children:
+        for child in self._children.values():
             child.was_ready = True
 
     def _kill(self) -> None:
         self._ending = True
-        for child in self._children:
+        for child in self._children.values():
             child.stopping.set()
             child.signal(signal.SIGKILL)
+
+    def _begin(self, child: _Child) -> None:
+        task = self._tasks[child.command.id] = asyncio.create_task(self._supervise(child), name=child.command.id)
+        task.add_done_callback(lambda task: self._ended(child, task))
+
+    def _ended(self, child: _Child, task: asyncio.Task[None]) -> None:
+        if self._children.get(child.command.id) is child and child.command.id in self._retired:
+            del self._children[child.command.id], self._tasks[child.command.id]
+        if not task.cancelled() and task.exception() is not None and not self._failure.done():
+            self._failure.set_exception(task.exception())  # type: ignore[arg-type]
 
     async def _supervise(self, child: _Child) -> None:
         while not child.stopping.is_set():
@@ -151,8 +198,12 @@ class Supervisor:
             exit = await self._run_once(child)
             if child.stopping.is_set():
                 return
+            if child.command.id in self._retired:
+                logger.info("%s; it is not started again", exit)
+                return
             lived_s = time.monotonic() - started
-            child.deaths = 1 if lived_s >= self._policy.healthy_s else child.deaths + 1
+            orderly = exit.code == 0 and lived_s >= self._policy.orderly_s
+            child.deaths = 1 if orderly or lived_s >= self._policy.healthy_s else child.deaths + 1
             self._give_up_if_hopeless(child, exit)
             delay_s = self._policy.delay_s(child.deaths)
             logger.warning("%s; starting it again %s", exit, f"in {delay_s:g} s" if delay_s else "at once")
@@ -175,8 +226,8 @@ class Supervisor:
         return exit
 
     async def _spawn(self, child: _Child, output: int) -> asyncio.subprocess.Process:
-        argv = child.command.argv(child.starts)
-        child.starts += 1
+        argv = child.command.argv(self._starts[child.command.id])
+        self._starts[child.command.id] += 1
         child.tail.clear()
         child.process = await asyncio.create_subprocess_exec(
             *argv,
@@ -184,7 +235,7 @@ class Supervisor:
             stdout=output,
             stderr=output,
             env={**os.environ, LAUNCHER_FD: str(self._launcher_fd), LAUNCHER_PID: str(os.getpid())},
-            pass_fds=[self._launcher_fd],
+            pass_fds=[self._launcher_fd, *child.command.fds],
             process_group=0,
         )
         logger.info("started %s (pid %d)", child.command.id, child.process.pid)
@@ -200,11 +251,14 @@ class Supervisor:
         lines = b"".join(child.tail).decode(errors="replace").strip()
         raise StartFailed(f"{exit}{times} before it was ready. It said:\n{lines}")
 
-    async def _stop_in_order(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+    async def _stop_in_order(self) -> None:
         await self._stop_requested.wait()
         for kind in self._stop_order:
-            stage = [(c, t) for c, t in zip(self._children, tasks, strict=True) if c.command.kind == kind]
-            logger.info("stopping: %s", ", ".join(c.command.id for c, _ in stage))
+            children = [c for c in self._children.values() if c.command.kind == kind]
+            stage = [(c, self._tasks[c.command.id]) for c in children]
+            if not stage:
+                continue
+            logger.info("stopping: %s", ", ".join(c.command.id for c in children))
             for child, _ in stage:
                 child.stopping.set()
                 child.signal(signal.SIGTERM)
@@ -213,6 +267,7 @@ class Supervisor:
                 if task in late:
                     logger.warning("%s did not stop in %g s; killing it", child.command.id, self._policy.stop_s)
                     child.signal(signal.SIGKILL)
+            await asyncio.wait([t for _, t in stage])
 
 
 async def _pass_on(output: int, tail: deque[bytes]) -> None:

@@ -21,6 +21,7 @@ class Timeline:
     def __init__(self) -> None:
         self._events: deque[Event] = deque(maxlen=KEPT)
         self._last_id = 0
+        self._operations: set[tuple[object, ...]] = set()
 
     def add(self, type: str, subject: str, text: str, *, at: float, epoch: int = 0) -> None:
         """Something happened; `at` in seconds since 1970."""
@@ -34,6 +35,17 @@ class Timeline:
         if event_id >= self._last_id:
             return []
         return [e for e in self._events if e.id > event_id][:limit]
+
+    def took_over(self, operations: Iterable[Operation]) -> None:
+        """What an earlier coordinator has published of operations is no news."""
+        self._new(operations)
+
+    def _new(self, operations: Iterable[Operation]) -> list[Operation]:
+        """Those that are in another phase, or at another process, than when they were last given."""
+        keys = {(op.id, op.phase, *op.drain, *op.start): op for op in operations}
+        new = [op for key, op in keys.items() if key not in self._operations]
+        self._operations = set(keys)
+        return new
 
     def published(self, before: View | None, view: View, at: float) -> None:
         """A view was published: what has changed of the plan, of redundancy and of operations."""
@@ -50,8 +62,7 @@ class Timeline:
         if old is False and _redundancy(view):
             text = f"every expert has {view.replication} replicas"
             self.add("redundancy.restored", "", text, at=at, epoch=view.epoch)
-        known = view.operations[:-1] if before is None else before.operations
-        for operation in _changed(known, view.operations):
+        for operation in self._new(view.operations):
             phase = operation.phase.replace(" ", "_")
             self.add(f"operation.{phase}", operation.id, describe(operation), at=at, epoch=view.epoch)
 
@@ -78,8 +89,3 @@ def describe(operation: Operation) -> str:
 def _redundancy(view: View | None) -> bool | None:
     """Whether every expert has its replicas; None before there is a plan."""
     return None if view is None or not view.layers else not view.under_target
-
-
-def _changed(before: Iterable[Operation], after: Iterable[Operation]) -> list[Operation]:
-    known = {(op.id, op.phase, tuple(op.drain), tuple(op.start)) for op in before}
-    return [op for op in after if (op.id, op.phase, tuple(op.drain), tuple(op.start)) not in known]

@@ -6,19 +6,22 @@ import gc
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import zmq
 
 from moering import transport
 from moering.checkpoint import Checkpoint
+from moering.drain import another_serves, told_to_drain
 from moering.errors import ConfigError, HandshakeError
 from moering.leader import finder
 from moering.lease import LeaseClient
 from moering.process import incarnation, install_signal_handlers, run_main
-from moering.protocol import Hello, Lease, Leave, MemberInfo, Register
+from moering.protocol import Hello, Lease, Leave, MemberInfo, Register, View
 from router.config import Config
 from router.engine import Engine
 from router.exchange import Exchange
@@ -26,6 +29,7 @@ from router.frontend import Frontend
 
 logger = logging.getLogger(__name__)
 
+DRAIN_LOOK_S = 0.05
 LIKELY_STREAMS = 16  # the cache keeps room for each of so many sequences to grow in one piece
 
 
@@ -48,14 +52,18 @@ class Router:
             socket, self.id, self.incarnation, config.max_num_seqs, self.model, self.checkpoint.digest
         )  # fmt: skip
         self.engine = build_engine(config, self.checkpoint, self.exchange, frontend, poller)
-        self.lease = LeaseClient(
-            coordinator, self._register, self._lease, self.engine.view_changed, self._on_refused
+        self.lease = LeaseClient(coordinator, self._register, self._lease, self._on_view, self._on_refused)
+        self.state = "ONLINE"
+        self._identity = MemberInfo(
+            "router", self.id, self.incarnation, self.address, os.getpid(), self.state, config.zone, 0, 0
         )  # fmt: skip
+        self._view: View | None = None
+        self._terminated = False  # by SIGTERM
         self._refusal: str | None = None
 
     def run(self) -> int:
         """Serve until SIGTERM. Raises `HandshakeError` when the coordinator refuses this router for good."""
-        install_signal_handlers(self.engine.stop)
+        install_signal_handlers(self._terminate)
         self.lease.start()
         gc.collect()
         gc.freeze()  # the weights' objects need no more visits
@@ -68,9 +76,7 @@ class Router:
 
     def _register(self) -> Register:
         c = self.checkpoint
-        member = MemberInfo(
-            "router", self.id, self.incarnation, self.address, os.getpid(), "ONLINE", self.config.zone, 0, 0
-        )  # fmt: skip
+        member = replace(self._identity, state=self.state)
         return Register(member, self.model, c.digest, c.num_layers, c.num_experts, "", b"", None)
 
     def _lease(self) -> Lease:
@@ -78,9 +84,47 @@ class Router:
         loads, engine.loads = engine.loads, np.zeros_like(engine.loads)
         term, epoch = (view.term, view.epoch) if view is not None else (0, 0)
         return Lease(
-            self.id, self.incarnation, "ONLINE", engine.progress, engine.queued, 0.0, self.exchange.suspects,
+            self.id, self.incarnation, self.state, engine.progress, engine.queued, 0.0, self.exchange.suspects,
             term, epoch, loads.astype("<f4").tobytes(), self.exchange.wedged,
         )  # fmt: skip
+
+    def _on_view(self, view: View) -> None:
+        self._view = view
+        self.engine.view_changed(view)
+        self._follow_drain()
+
+    # --- draining ---
+
+    def _terminate(self) -> None:
+        """SIGTERM: go once the streams here have ended, or after a while."""
+        self._terminated = True
+        self._follow_drain()
+
+    def _follow_drain(self) -> None:
+        """Go if somebody wants it. Gateways give no new requests to a router that drains; there is no way back."""
+        view, own = self._view, self._identity
+        if self.state == "DRAINING" or not (self._terminated or (view is not None and told_to_drain(view, own))):
+            return
+        if view is None or not another_serves(view, own):  # streams wait for the next incarnation anyway
+            self.engine.stop()
+            return
+        self.state = "DRAINING"
+        self.lease.renew()
+        logger.info("draining: %d requests may finish within %g s", self.engine.queued, self.config.drain_timeout_s)
+        threading.Thread(target=self._stop_when_idle, name="drain", daemon=True).start()
+
+    def _stop_when_idle(self) -> None:
+        until_s = time.monotonic() + self.config.drain_timeout_s
+        while time.monotonic() < until_s and (self.engine.queued or not self._known_to_drain()):
+            time.sleep(DRAIN_LOOK_S)
+        if self.engine.queued:
+            logger.info("handing over %d requests to other routers", self.engine.queued)
+        self.engine.stop()
+
+    def _known_to_drain(self) -> bool:
+        return self._view is not None and any(
+            m.state == "DRAINING" and m.incarnation == self.incarnation for m in self._view.members
+        )
 
     def _on_refused(self, reason: str) -> None:
         self._refusal = reason

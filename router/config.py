@@ -30,6 +30,7 @@ class Config:
     prefix_caching: bool = option(True, "compute the tokens that prompts begin with once (whole blocks of 512)")
     micro_batches: int = option(1, "micro-batches in flight: while one waits for experts another computes attention")
     missing_expert_timeout_s: float = option(30.0, "how long a request waits for an expert that no server has")
+    drain_timeout_s: float = option(30.0, "how long a router that goes finishes its streams before it hands them over")
     insecure: bool = option(False, "allow --bind on an address that other machines reach, without encryption")
 
     @property

@@ -1,9 +1,8 @@
-"""Health, readiness, metrics, version and the cluster's status."""
+"""Health, readiness, metrics and version."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from ipaddress import ip_address
 
 from aiohttp import web
 
@@ -36,19 +35,3 @@ async def get_version(request: web.Request) -> web.Response:
         return web.json_response({"version": version("moering")})
     except PackageNotFoundError:  # run from a source tree that is not installed
         return web.json_response({"version": "unknown"})
-
-
-async def status(request: web.Request) -> web.Response:
-    """The cluster as this gateway sees it, for `moering status`. Until there are keys, only for this machine."""
-    if not _from_this_machine(request):
-        raise ApiError(403, "the admin interface answers only requests from its own machine", code="forbidden")
-    services = request.app[SERVICES]
-    pool = services.pool
-    return web.json_response(services.cluster.status(services.member(), pool.router_counters(), pool.passed_over()))
-
-
-def _from_this_machine(request: web.Request) -> bool:
-    try:
-        return ip_address(request.remote or "").is_loopback
-    except ValueError:
-        return False

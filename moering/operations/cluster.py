@@ -21,13 +21,13 @@ class ClusterFacts:
 
     @property
     def launcher(self) -> MemberInfo | None:
-        """The launcher, if the cluster has one."""
+        """The launcher that starts what is to be started, if the cluster has one."""
         return next(iter(self.of_kind("launcher")), None)
 
     @property
     def launcher_epoch(self) -> int:
-        """The newest epoch that the launcher has acknowledged."""
-        return max((r.acknowledged for r in self._roster.alive("launcher")), default=0)
+        """The newest epoch that every launcher has acknowledged."""
+        return min((r.acknowledged for r in self._roster.alive("launcher")), default=0)
 
     @property
     def settled(self) -> bool:

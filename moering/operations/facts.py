@@ -20,11 +20,11 @@ class Facts(Protocol):
 
     @property
     def launcher(self) -> MemberInfo | None:
-        """The launcher, if the cluster has one."""
+        """The launcher that starts what is to be started, if the cluster has one; each has a machine of its own."""
 
     @property
     def launcher_epoch(self) -> int:
-        """The newest epoch that the launcher has acknowledged."""
+        """The newest epoch that every launcher has acknowledged."""
 
     @property
     def settled(self) -> bool:
@@ -80,7 +80,13 @@ def natural(server_id: str) -> tuple[str, int]:
     return (match[1], int(match[2])) if match else (server_id, -1)
 
 
+def name_prefix(kind: str, facts: Facts) -> str:
+    """What the ids of the launcher's processes of this kind begin with."""
+    machine = "" if facts.launcher is None else facts.launcher.server_id.removesuffix("launcher")
+    return f"{machine}{PREFIXES.get(kind)}-"
+
+
 def free_ids(kind: str, count: int, facts: Facts) -> dict[str, str]:
     """Ids for `count` new processes, each with its kind; the lowest numbers that nobody has."""
-    names = (f"{PREFIXES[kind]}-{n}" for n in itertools.count())
+    names = (f"{name_prefix(kind, facts)}{n}" for n in itertools.count())
     return dict.fromkeys(itertools.islice((n for n in names if facts.member(n) is None), count), kind)

@@ -22,6 +22,7 @@ from moering.operations.facts import (
     end,
     free_ids,
     launcher_knows,
+    name_prefix,
     online,
     still_there,
     to_phase,
@@ -77,10 +78,12 @@ def _draining(op: Operation, facts: Facts, now_at: float) -> Operation:
 
 def _restarting(op: Operation, facts: Facts, now_at: float) -> Operation:
     server_id, old = next(iter(op.pending.items()))
+    # An elected coordinator is followed by another one; a single one comes back with its id.
+    succeeded = server_id.endswith("coordinator") and facts.member(server_id) is None
     if still_there(server_id, old, facts):
         reason = None if server_id not in op.drain else facts.refusal([server_id], op.floor)
         return op if reason is None else roll_back(op, reason, facts, now_at)
-    if not (online(server_id, facts) and facts.settled):
+    if not ((succeeded or online(server_id, facts)) and facts.settled):
         return op
     pending = {i: incarnation for i, incarnation in op.pending.items() if i != server_id}
     return next_restart(replace(op, pending=pending), facts, now_at)
@@ -89,7 +92,7 @@ def _restarting(op: Operation, facts: Facts, now_at: float) -> Operation:
 def next_restart(op: Operation, facts: Facts, now_at: float) -> Operation:
     """Restart the next process; before that, start a stand-in where the cluster cannot do without it."""
     following = next((m for m in map(facts.member, op.pending) if m is not None), None)
-    if op.surge and (following is None or not op.surge.startswith(f"{PREFIXES.get(following.kind)}-")):
+    if op.surge and (following is None or not op.surge.startswith(name_prefix(following.kind, facts))):
         return to_phase(op, "preparing", start={}, drain={}, retire=[op.surge])
     if not op.pending:
         return end(op, now_at)
@@ -101,7 +104,7 @@ def next_restart(op: Operation, facts: Facts, now_at: float) -> Operation:
             return roll_back(op, reason, facts, now_at)
         if reason is not None:
             start = free_ids(member.kind, 1, facts)
-            return to_phase(op, "starting", start=start, surge=next(iter(start)))
+            return to_phase(op, "starting", start=start, drain={}, surge=next(iter(start)))
     return to_phase(op, "restarting", start={}, drain={server_id: incarnation})
 
 

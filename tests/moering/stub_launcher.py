@@ -14,4 +14,4 @@ if __name__ == "__main__":
     set_up_logging("serve")
     processes = [stub(directory, f"{kind}-0", kind, f"http:{port}" if kind == "gateway" else behaviour)
                  for kind in reversed(STOP_ORDER)]  # fmt: skip
-    sys.exit(serve(Config(port=port), processes, coordinator))
+    sys.exit(serve(Config(port=port), processes, coordinator, lambda server_id, kind: stub(directory, server_id, kind)))

@@ -12,8 +12,9 @@ import pytest
 import zmq
 
 from moering import launcher, protocol, transport
+from moering.commands import Commands
 from moering.errors import ConfigError
-from moering.launcher import STOP_ORDER, Config, commands
+from moering.launcher import STOP_ORDER, Config
 from moering.process import command_line
 from tests.moering.stubs import DEADLINE_S, Mailbox
 
@@ -100,13 +101,13 @@ def test_a_killed_launcher_leaves_no_process(mailbox: Mailbox, behaviour: str) -
 
 
 def argv(config: Config, server_id: str, start: int = 0) -> list[str]:
-    command = next(c for c in commands(config, Path("/models/m"), Path("/run/r")) if c.id == server_id)
+    command = next(c for c in Commands(config, Path("/models/m"), Path("/run/r")).initial() if c.id == server_id)
     return list(command.argv(start))[len(command_line("gateway")) - 1 :]  # from the module on
 
 
 def test_each_process_gets_its_flags() -> None:
     config = Config(port=8123, router_args="--max-num-seqs 4", gateway_args="--queue=7")
-    ids = [c.id for c in commands(config, Path("/models/m"), Path("/run/r"))]
+    ids = [c.id for c in Commands(config, Path("/models/m"), Path("/run/r")).initial()]
     assert ids == ["coordinator", "expert-0", "expert-1", "expert-2", "router-0", "gateway-0"]
     join = ["--checkpoint", "/models/m", "--join", "ipc:///run/r/coordinator"]
     size = ["--expert-servers", "3", "--replication", "2", "--rejoin-grace-s", "2.0"]
@@ -126,7 +127,7 @@ def test_expert_servers_are_put_into_the_zones_in_turn() -> None:
 
 def test_where_coordinators_are_elected_each_machine_has_one_and_ids_of_its_own() -> None:
     config = Config(membership="etcd://h:1", machine="m", listen="10.0.0.5", insecure=True, expert_servers=1)
-    ids = [c.id for c in commands(config, Path("/models/m"), Path("/run/r"))]
+    ids = [c.id for c in Commands(config, Path("/models/m"), Path("/run/r")).initial()]
     assert ids == ["m-coordinator", "m-expert-0", "m-router-0", "m-gateway-0"]
     bind, elect = ["--bind", "tcp://10.0.0.5:*", "--insecure"], ["--membership", "etcd://h:1"]
     size = ["--expert-servers", "1", "--replication", "2", "--rejoin-grace-s", "2.0"]

@@ -80,7 +80,7 @@ def test_joining_and_an_operation_and_a_new_coordinator() -> None:
     c.start_coordinator()
     c.run(3)
     assert ("coordinator.took_over", "coordinator") in types(c)
-    assert [kind for kind, _ in types(c) if kind.startswith("operation")] == ["operation.done"]
+    assert not any(kind.startswith("operation") for kind, _ in types(c)), "an operation that is over is no news"
 
 
 def test_nothing_happens_while_nothing_happens() -> None:

@@ -1,0 +1,90 @@
+"""The command lines of the processes that a launcher runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moering.leader import EMBEDDED
+from moering.process import command_line
+from moering.supervisor import Command
+
+if TYPE_CHECKING:
+    from moering.launcher import Config
+
+
+def coordinator_address(run_directory: Path) -> str:
+    """Where a single coordinator is reached, now and after a restart."""
+    return f"ipc://{run_directory}/coordinator"
+
+
+class Commands:
+    """Each start has a socket of its own, so that no process is taken for the one before it; only a single coordinator
+    keeps its address, where its members look for it again."""
+
+    def __init__(self, config: Config, checkpoint: Path, run_directory: Path, http_fd: int | None = None) -> None:
+        """`http_fd`: the listening socket that all gateways share."""
+        self._config, self._checkpoint, self._run_directory, self._http_fd = config, checkpoint, run_directory, http_fd
+        self._device = [] if config.device == "cpu" else ["--device", config.device]
+        self._elected = config.membership != EMBEDDED
+        address = coordinator_address(run_directory)
+        self._join = ["--membership", config.membership] if self._elected else ["--join", address]
+
+    def initial(self) -> list[Command]:
+        """What runs from the start, in this order."""
+        config = self._config
+        return [
+            Command(config.prefix + "coordinator", "coordinator", self._coordinator),
+            *(self._expert_server(i) for i in range(config.expert_servers)),
+            *(self._router(i) for i in range(config.routers)),
+            self._gateway(0),
+        ]
+
+    def make(self, server_id: str, kind: str) -> Command | None:
+        """For one more process; None where the id is not one of this machine's."""
+        match = re.fullmatch(re.escape(self._config.prefix) + r"(?:expert|router|gateway)-(\d{1,9})", server_id)
+        makers = {"expert-server": self._expert_server, "router": self._router, "gateway": self._gateway}
+        return None if match is None or kind not in makers else makers[kind](int(match[1]))
+
+    def _expert_server(self, number: int) -> Command:
+        config = self._config
+        flags = [*self._device, *config.zone_flags(number)]
+        return self._member("expert-server", f"expert-{number}", flags, config.expert_server_args)
+
+    def _router(self, number: int) -> Command:
+        return self._member("router", f"router-{number}", self._device, self._config.router_args)
+
+    def _gateway(self, number: int) -> Command:
+        config = self._config
+        name = "default" if config.model == "default" else self._checkpoint.name
+        http = ["--host", config.host, "--port", str(config.port)]
+        http += ["--served-model-name", config.served_model_name or name]
+        http += [] if self._http_fd is None else ["--listen-fd", str(self._http_fd)]
+        return self._member("gateway", f"gateway-{number}", http, config.gateway_args)
+
+    def _member(self, kind: str, name: str, flags: Sequence[str], extra: str) -> Command:
+        server_id, read = self._config.prefix + name, ["--checkpoint", str(self._checkpoint)]
+
+        def argv(start: int) -> list[str]:
+            at = [] if kind == "gateway" else self._bind(server_id, start)
+            return [*command_line(kind), *read, *self._join, "--id", server_id, *at, *flags, *shlex.split(extra)]
+
+        inherits = kind == "gateway" and self._http_fd is not None
+        return Command(server_id, kind, argv, (self._http_fd,) if inherits and self._http_fd is not None else ())
+
+    def _coordinator(self, start: int) -> list[str]:
+        config = self._config
+        own = [*self._bind("coordinator", start), *self._join, "--id", config.prefix + "coordinator"]
+        own = own if self._elected else ["--bind", self._join[1]]
+        size = ["--expert-servers", str(config.expert_servers), "--replication", str(config.replication)]
+        size += ["--rejoin-grace-s", str(config.rejoin_grace_s)]
+        return [*command_line("coordinator"), *own, *size, *shlex.split(config.coordinator_args)]
+
+    def _bind(self, server_id: str, start: int) -> list[str]:
+        config = self._config
+        if not config.listen:
+            return ["--bind", f"ipc://{self._run_directory}/{server_id}.{start}"]
+        return ["--bind", f"tcp://{config.listen}:*", *(["--insecure"] if config.insecure else [])]
