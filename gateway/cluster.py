@@ -14,6 +14,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.view: View | None = None
+        self.seen = asyncio.Event()  # there is a view
         self.covered = False  # all experts were routed at least once
         self.told_to_leave = asyncio.Event()  # an operation wants this process to go
         self.leaving = False  # this process is on its way out: it serves whom it is connected to
@@ -22,6 +23,7 @@ class Cluster:
     def apply(self, view: View) -> None:
         """Take a newer view."""
         self.view = view
+        self.seen.set()
         self.covered = self.covered or all_routed(view)
 
     def status(

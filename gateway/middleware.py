@@ -47,6 +47,7 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
     """`on_response_prepare`: also streams carry the id. A gateway that leaves sends its clients to the next one."""
     if request.app[SERVICES].cluster.leaving:
         response.force_close()
+        response.headers["Connection"] = "close"
     response.headers["X-Request-Id"] = request_id.get()
 
 

@@ -29,6 +29,7 @@ SEND_BUFFER_BYTES = 128 << 10
 """Kernel memory for a client that does not read. Left alone, the kernel lets it grow to megabytes."""
 BACKLOG = 1024
 LAME_DUCK_S, LAME_DUCK_LOOK_S = 1.0, 0.02
+FIRST_VIEW_S = 5.0
 FLUSH_S = 2.0
 """Time that the last events get to reach their clients after the drain's limit."""
 
@@ -76,9 +77,12 @@ async def accepting(services: Services, listener: socket.socket) -> AsyncIterato
         shutdown_timeout=limit_s + FLUSH_S,
     )
     await runner.setup()
+    if services.config.listen_fd >= 0:  # connections wait, rather than be told that this process knows nothing yet
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(services.cluster.seen.wait(), FIRST_VIEW_S)
+    site = web.SockSite(runner, listener, backlog=BACKLOG)
+    await site.start()
     try:
-        site = web.SockSite(runner, listener, backlog=BACKLOG)
-        await site.start()
         yield
     finally:
         services.cluster.leaving = True
