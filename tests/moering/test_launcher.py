@@ -81,8 +81,8 @@ def test_a_signal_stops_the_processes_in_order(launched: Launched, mailbox: Mail
 def test_a_proven_exit_goes_to_the_coordinator(launched: Launched, mailbox: Mailbox) -> None:
     pid = launched.pids["expert-server-0"]
     os.kill(pid, signal.SIGKILL)
-    received = protocol.Register
-    while received.KIND == "register":  # the launcher itself wants to be a member
+    received: object = None
+    while not isinstance(received, protocol.ProvenExit):  # the launcher itself wants to be a member
         assert launched.coordinator.poll(DEADLINE_S * 1000)
         _, *frames = launched.coordinator.recv_multipart()
         received, _ = protocol.decode(frames)
