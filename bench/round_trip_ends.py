@@ -16,8 +16,9 @@ import zmq
 from moering import protocol
 from moering.checkpoint import Checkpoint
 from moering.errors import MoeringError
+from moering.expert_frames import Dispatch, Reply
 from moering.process import incarnation
-from moering.protocol import Dispatch, Hello, MemberInfo, Reply, View
+from moering.protocol import Hello, MemberInfo, View
 from router.connection import Connection
 from router.exchange import Exchange
 
@@ -52,7 +53,7 @@ class TimedExchange(Exchange):
 
     compute_us = 0
 
-    def _put(self, connection: Connection, reply: Reply, tensor: memoryview) -> None:
+    def _put(self, connection: Connection, reply: Reply, tensor: memoryview | None) -> None:
         self.compute_us = reply.compute_us
         super()._put(connection, reply, tensor)
 
@@ -63,7 +64,7 @@ class Ours:
     def __init__(self, checkpoint: Checkpoint, server: dict[str, Any]) -> None:
         self._poller, self._layers = zmq.Poller(), checkpoint.num_layers
         hello = Hello("router", "bench", incarnation(), checkpoint.path.name, checkpoint.digest)
-        self._exchange = TimedExchange(hello, self._poller, time.monotonic)
+        self._exchange = TimedExchange(hello, checkpoint.hidden_size, self._poller, time.monotonic)
         member = MemberInfo(
             "expert-server", server["id"], server["incarnation"], server["address"], server["pid"], "ONLINE", "", 0, 0
         )  # fmt: skip
@@ -125,8 +126,8 @@ class Raw:
 def frame_bytes(rows: int, top_k: int, hidden_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Bytes of (header, tensor) of a dispatch of `rows` rows, all to one server, and of its reply."""
     big, pairs = incarnation(), rows * top_k
-    request = Dispatch(big, 1000, 0, False, bytes(4 * pairs), "float32", [rows, hidden_size])
-    reply = Reply(big, 1000, big, 1000, "float32", [pairs, hidden_size])
+    request = Dispatch(big, 1000, 0, False, bytes(4 * pairs), "float32", rows, hidden_size)
+    reply = Reply(big, 1000, big, 1000, "float32", pairs, hidden_size)
     row_bytes = 4 * hidden_size
     return (len(protocol.encode(request)), rows * row_bytes), (len(protocol.encode(reply)), pairs * row_bytes)
 

@@ -32,10 +32,11 @@ class Backend(Protocol):
         ...
 
     def compute(
-        self, hidden: np.ndarray, rows: np.ndarray, counts: list[int], experts: list[Any], out: np.ndarray
+        self, hidden: np.ndarray, rows: np.ndarray | None, counts: list[int], experts: list[Any], out: np.ndarray
     ) -> None:
         """`out[i]` = expert of pair i applied to `hidden[rows[i]]`; pairs are sorted by expert, `counts` of each.
 
+        Without `rows` pair i has row i.
         `hidden` and `out` are float32 [n, hidden size] and [pairs, hidden size].
         """
         ...

@@ -39,9 +39,8 @@ class CpuBackend:
         return ExpertFFN(gate, up, down, self._arithmetic)
 
     def compute(
-        self, hidden: np.ndarray, rows: np.ndarray, counts: list[int], experts: list[Any], out: np.ndarray
+        self, hidden: np.ndarray, rows: np.ndarray | None, counts: list[int], experts: list[Any], out: np.ndarray
     ) -> None:
-        """`out[i]` = expert of pair i applied to `hidden[rows[i]]`; pairs are sorted by expert, `counts` of each."""
-        grouped_expert_ffn(
-            torch.from_numpy(hidden), torch.from_numpy(rows), counts, experts, torch.from_numpy(out)
-        )  # fmt: skip
+        """See `expert_server.backend.Backend`."""
+        index = None if rows is None else torch.from_numpy(rows)
+        grouped_expert_ffn(torch.from_numpy(hidden), index, counts, experts, torch.from_numpy(out))

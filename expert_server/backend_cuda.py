@@ -66,9 +66,15 @@ class CudaBackend:
         return self._slots.load(*(as_tensor(t.dtype, t.shape, t.data) for t in raw))
 
     def compute(
-        self, hidden: np.ndarray, rows: np.ndarray, counts: list[int], experts: Sequence[CudaExpert], out: np.ndarray
+        self,
+        hidden: np.ndarray,
+        rows: np.ndarray | None,
+        counts: list[int],
+        experts: Sequence[CudaExpert],
+        out: np.ndarray,
     ) -> None:
         """See `expert_server.backend.Backend`."""
+        rows = np.arange(len(hidden)) if rows is None else rows
         slots = np.array([expert.slot for expert in experts], np.int32)
         if len(rows) <= CALL_PAIRS:
             self._compute(hidden, rows, np.array(counts), slots, out)

@@ -2,56 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
-from moering.protocol import Dispatch
+from moering.expert_frames import Dispatch
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A checked dispatch: whom to answer, the rows, and for each pair its row (int64) and its expert."""
+class Request(NamedTuple):
+    """A checked dispatch: whom to answer, the rows, and the experts of its pairs."""
 
     identity: bytes
     message: Dispatch
     hidden: np.ndarray  # float32 [rows, hidden_size]
-    rows: np.ndarray
-    experts: list[int]
+    rows: np.ndarray | None  # int64 [pairs], into hidden; None: pair i has row i
+    experts: list[int]  # distinct, ascending
+    counts: list[int]  # pairs of each
+    out: np.ndarray | None  # float32 [pairs, hidden_size] where the answer is to be put, if it is shared memory
+
+    @property
+    def pairs(self) -> int:
+        """Number of (row, expert) pairs."""
+        return len(self.hidden) if self.rows is None else len(self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """Requests of one layer as one grouped call, pairs sorted by expert."""
 
     requests: list[Request]
-    rows: np.ndarray  # int64 [pairs], into the concatenated rows of all requests
+    rows: np.ndarray | None  # int64 [pairs], into the concatenated rows of all requests; None: pair i has row i
     experts: list[int]  # distinct, ascending
     counts: list[int]  # pairs of each
     order: np.ndarray | None  # position of each sorted pair before sorting; None: they were sorted
 
 
-def parse(identity: bytes, message: Dispatch, tensor: memoryview, limits: tuple[int, int, int, int]) -> Request | str:
-    """The request in a dispatch, or what is wrong with it. `limits`: layers, experts, hidden size, pairs."""
+def parse(  # noqa: PLR0911  (one return for each thing that may be wrong)
+    identity: bytes,
+    message: Dispatch,
+    rows: memoryview | tuple[np.ndarray, np.ndarray],
+    limits: tuple[int, int, int, int],
+) -> Request | str:
+    """The request in a dispatch, or what is wrong with it. `limits`: layers, experts, hidden size, pairs.
+
+    `rows` is a frame's bytes, or arrays in shared memory, one row a pair: what was sent, and where the answer goes.
+    """
     layers, num_experts, hidden_size, max_pairs = limits
-    rows, columns = message.shape
-    pairs = len(message.pairs) // 4
-    if message.dtype != "float32" or columns != hidden_size:
-        return f"{message.dtype} rows of {columns}; this checkpoint has float32 rows of {hidden_size}"
-    if not 0 <= message.layer < layers:
+    shared = isinstance(rows, tuple)
+    pairs, rest = divmod(len(message.pairs), 2 if shared else 4)
+    if message.dtype != "float32" or message.columns != hidden_size:
+        return f"{message.dtype} rows of {message.columns}; this checkpoint has float32 rows of {hidden_size}"
+    if message.layer >= layers:
         return f"layer {message.layer} of {layers}"
-    if len(message.pairs) % 4 or not 0 < rows <= pairs <= max_pairs:
-        return f"{len(message.pairs)} bytes of pairs for {rows} rows; at most {max_pairs} pairs in one message"
-    pair_rows, pair_experts = np.frombuffer(message.pairs, "<u2").reshape(2, pairs)
-    experts = pair_experts.tolist()
-    if experts != sorted(experts) or experts[-1] >= num_experts:
-        return f"experts {experts[:8]}… are not sorted, or beyond {num_experts}"
-    if pair_rows.max() >= rows:
-        return f"row {pair_rows.max()} of {rows}"
-    hidden = np.frombuffer(tensor, "<f4").reshape(rows, columns)
-    return Request(identity, message, hidden, pair_rows.astype(np.int64), experts)
+    if rest or not 0 < message.rows <= pairs <= max_pairs or (shared and message.rows != pairs):
+        return f"{len(message.pairs)} bytes of pairs for {message.rows} rows; at most {max_pairs} pairs in one message"
+    numbers = memoryview(message.pairs).cast("H").tolist()  # both ends are little-endian
+    pair_experts = numbers[-pairs:]
+    grouped = _runs(pair_experts)
+    if grouped is None or pair_experts[-1] >= num_experts:
+        return f"experts {pair_experts[:8]}… are not sorted, or beyond {num_experts}"
+    if isinstance(rows, tuple):
+        return Request(identity, message, rows[0], None, *grouped, rows[1])
+    pair_rows = numbers[:pairs]
+    if max(pair_rows) >= message.rows:
+        return f"row {max(pair_rows)} of {message.rows}"
+    hidden = np.frombuffer(rows, "<f4").reshape(message.rows, hidden_size)
+    return Request(identity, message, hidden, np.array(pair_rows), *grouped, None)
 
 
 def group(requests: list[Request], max_pairs: int) -> list[Group]:
@@ -62,30 +77,43 @@ def group(requests: list[Request], max_pairs: int) -> list[Group]:
     open_groups: dict[int, tuple[list[Request], int]] = {}
     for r in sorted(requests, key=lambda r: r.message.prefill):
         members, pairs = open_groups.get(r.message.layer, ([], max_pairs))
-        if pairs + len(r.experts) > max_pairs:
+        if pairs + r.pairs > max_pairs:
             members, pairs = [], 0
             groups.append(members)
         members.append(r)
-        open_groups[r.message.layer] = (members, pairs + len(r.experts))
+        open_groups[r.message.layer] = (members, pairs + r.pairs)
     return [_merge(members) for members in groups]
 
 
 def _merge(requests: list[Request]) -> Group:
     if len(requests) == 1:
-        rows, pair_experts, order = requests[0].rows, requests[0].experts, None
-    else:
-        offsets = np.cumsum([0] + [len(r.hidden) for r in requests[:-1]])
-        rows = np.concatenate([r.rows + offset for r, offset in zip(requests, offsets, strict=True)])
-        unsorted = np.array([e for r in requests for e in r.experts])
-        order = unsorted.argsort(kind="stable")
-        rows, pair_experts = rows[order], unsorted[order].tolist()
-    experts, counts = _runs(pair_experts)
-    return Group(requests, rows, experts, counts, order)
+        r = requests[0]
+        return Group(requests, r.rows, r.experts, r.counts, None)
+    offsets = np.cumsum([0] + [len(r.hidden) for r in requests[:-1]])
+    rows = np.concatenate(
+        [(np.arange(r.pairs) if r.rows is None else r.rows) + o for r, o in zip(requests, offsets, strict=True)]
+    )
+    unsorted = np.concatenate([np.repeat(r.experts, r.counts) for r in requests])
+    order = unsorted.argsort(kind="stable")
+    experts, counts = np.unique(unsorted, return_counts=True)
+    return Group(requests, rows[order], experts.tolist(), counts.tolist(), order)
 
 
-def _runs(pair_experts: Iterable[int]) -> tuple[list[int], list[int]]:
-    runs = [(expert, sum(1 for _ in members)) for expert, members in groupby(pair_experts)]
-    return [expert for expert, _ in runs], [count for _, count in runs]
+def _runs(pair_experts: list[int]) -> tuple[list[int], list[int]] | None:
+    """The distinct experts and how often each comes; None where they are not ascending."""
+    experts: list[int] = []
+    counts: list[int] = []
+    last = -1
+    for expert in pair_experts:
+        if expert == last:
+            counts[-1] += 1
+        elif expert > last:
+            experts.append(expert)
+            counts.append(1)
+            last = expert
+        else:
+            return None
+    return experts, counts
 
 
 def split(group: Group, out: np.ndarray) -> list[np.ndarray]:
@@ -94,5 +122,5 @@ def split(group: Group, out: np.ndarray) -> list[np.ndarray]:
         return [out]
     unsorted = np.empty_like(out)
     unsorted[group.order] = out
-    bounds = np.cumsum([len(r.experts) for r in group.requests])[:-1]
+    bounds = np.cumsum([r.pairs for r in group.requests])[:-1]
     return np.split(unsorted, bounds)

@@ -14,16 +14,18 @@ import zmq
 from expert_server import batching
 from expert_server.batching import Group, Request
 from expert_server.residency import Residency
+from expert_server.segments import Segments
 from moering import protocol, transport
 from moering.errors import ProtocolError
-from moering.protocol import MAX_TENSOR_BYTES, Dispatch, Failed, Hello, NotHere, Refused, Reply, Welcome
+from moering.expert_frames import Dispatch, Reply
+from moering.protocol import MAX_TENSOR_BYTES, Failed, Hello, NotHere, Refused, Welcome
 
 logger = logging.getLogger(__name__)
 
 STOP_CHECK_MS = 200
 
-Compute = Callable[[np.ndarray, np.ndarray, list[int], list[Any], np.ndarray], None]
-"""(hidden [rows, H], rows [pairs], counts, experts, out [pairs, H]): the grouped expert kernel."""
+Compute = Callable[[np.ndarray, np.ndarray | None, list[int], list[Any], np.ndarray], None]
+"""(hidden [rows, H], rows [pairs] or None for one row a pair, counts, experts, out [pairs, H]): the grouped kernel."""
 
 
 class Service(threading.Thread):
@@ -45,6 +47,7 @@ class Service(threading.Thread):
         hidden_size = shape[2]
         self._max_pairs = max(1, MAX_TENSOR_BYTES // (4 * hidden_size))
         self._limits = (*shape, self._max_pairs)
+        self._segments = Segments(hidden_size)
         self._hidden = np.zeros((self._max_pairs, hidden_size), np.float32)
         self._out = np.zeros((self._max_pairs, hidden_size), np.float32)
         self._opened.set()
@@ -98,24 +101,31 @@ class Service(threading.Thread):
             self._send(identity, Refused(str(e), fatal=True))
             return None
         if isinstance(message, Hello):
-            self._send(identity, self._greet(message))
-        elif isinstance(message, Dispatch) and tensor is not None:
+            self._send(identity, self._greet(identity, message))
+        elif isinstance(message, Dispatch):
             return self._parse(identity, message, tensor)
         else:
             self._send(identity, Refused(f"an expert server takes no {message.KIND}", fatal=True))
         return None
 
-    def _greet(self, hello: Hello) -> Welcome | Refused:
+    def _greet(self, identity: bytes, hello: Hello) -> Welcome | Refused:
         if (hello.model, hello.digest) != (self._model, self._digest):
             return Refused(
                 f"{self._server_id} serves {self._model} with digest {self._digest:.16}…, "
                 f"{hello.server_id} asks for {hello.model} with digest {hello.digest:.16}…",
                 fatal=True,
             )
-        return Welcome(self._server_id, self._incarnation, self._credit_rows, self._max_pairs)
+        shared = self._segments.open(identity, hello.server_id, hello.shared_rows)
+        return Welcome(self._server_id, self._incarnation, self._credit_rows, self._max_pairs, shared)
 
-    def _parse(self, identity: bytes, message: Dispatch, tensor: memoryview) -> Request | None:
-        request = batching.parse(identity, message, tensor, self._limits)
+    def _parse(self, identity: bytes, message: Dispatch, tensor: memoryview | None) -> Request | None:
+        rows: memoryview | tuple[np.ndarray, np.ndarray] | None = tensor
+        if tensor is None:
+            rows = self._segments.slot(identity, message.slot, message.rows, message.columns)
+        if rows is None:
+            request: Request | str = f"{message.rows} rows in slot {message.slot} of memory that is not shared"
+        else:
+            request = batching.parse(identity, message, rows, self._limits)
         if isinstance(request, Request):
             return request
         logger.warning("refused a dispatch: %s", request)
@@ -129,17 +139,29 @@ class Service(threading.Thread):
             self._answer_without(group, {e for e, x in zip(group.experts, experts, strict=True) if x is None})
             return
         started = time.perf_counter_ns()
+        first = group.requests[0]
+        if len(group.requests) == 1 and first.out is not None:
+            self._compute(first.hidden, None, group.counts, experts, first.out)
+            parts = [first.out]
+        else:
+            parts = self._compute_copies(group, experts)
+        compute_us = (time.perf_counter_ns() - started) // 1000
+        for r, rows in zip(group.requests, parts, strict=True):
+            m = r.message
+            if r.out is not None and rows is not r.out:
+                r.out[:] = rows
+            reply = Reply(m.router, m.seq, self._incarnation, compute_us, "float32", len(rows), m.columns, m.slot)
+            self._send(r.identity, reply, rows if r.out is None else None)
+
+    def _compute_copies(self, group: Group, experts: list[Any]) -> list[np.ndarray]:
+        """Rows of several requests, or from frames, in one array for the grouped call; aligned, as frames are not."""
         at = 0
         for r in group.requests:
-            self._hidden[at : at + len(r.hidden)] = r.hidden  # aligned, and one array for the grouped call
+            self._hidden[at : at + len(r.hidden)] = r.hidden
             at += len(r.hidden)
-        out = self._out[: len(group.rows)]
+        out = self._out[: sum(group.counts)]
         self._compute(self._hidden[:at], group.rows, group.counts, experts, out)
-        compute_us = (time.perf_counter_ns() - started) // 1000
-        for r, rows in zip(group.requests, batching.split(group, out), strict=True):
-            m = r.message
-            reply = Reply(m.router, m.seq, self._incarnation, compute_us, "float32", list(rows.shape))
-            self._send(r.identity, reply, rows)
+        return batching.split(group, out)
 
     def _answer_without(self, group: Group, missing: set[int]) -> None:
         """Some experts are not here: refuse the requests that need them, compute the others."""

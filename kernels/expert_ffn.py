@@ -39,18 +39,19 @@ class ExpertFFN:
 
 def grouped_expert_ffn(
     hidden: torch.Tensor,
-    rows: torch.Tensor,
+    rows: torch.Tensor | None,
     counts: Sequence[int],
     experts: Sequence[ExpertFFN],
     out: torch.Tensor,
 ) -> None:
     """Compute (row, expert) pairs sorted by expert: pair i reads hidden[rows[i]] and its result goes to out[i].
 
-    `hidden` is [n, hidden], `rows` int64 [pairs], `out` [pairs, hidden] float32; `counts[e]` pairs are expert e's.
+    `hidden` is [n, hidden], `rows` int64 [pairs] (None: row i for pair i), `out` [pairs, hidden] float32; `counts[e]`
+    pairs are expert e's.
     """
-    if sum(counts) != rows.shape[0] or len(counts) != len(experts) or out.shape[0] != rows.shape[0]:
-        raise ValueError(f"{list(counts)} pairs of {len(experts)} experts do not match {rows.shape[0]} rows")
-    gathered = hidden.index_select(0, rows)
+    gathered = hidden if rows is None else hidden.index_select(0, rows)
+    if not sum(counts) == gathered.shape[0] == out.shape[0] or len(counts) != len(experts):
+        raise ValueError(f"{list(counts)} pairs of {len(experts)} experts do not match {gathered.shape[0]} rows")
     start = 0
     for count, expert in zip(counts, experts, strict=True):
         if count:

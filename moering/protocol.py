@@ -3,8 +3,9 @@
 A message is one multipart zmq message::
 
     [identity]     only on the bound (zmq.ROUTER) side
-    header         MessagePack map: "v" protocol version, "kind", then the fields of the message
-    tensor bytes   raw, row-major, little-endian; at most one frame; its dtype and shape are fields of the message
+    header         MessagePack map: "v" protocol version, "kind", then the fields of the message; of Dispatch and Reply
+                   a fixed layout (`moering.expert_frames`)
+    tensor bytes   of those two: raw, row-major, little-endian, one frame, unless the rows are in shared memory
 
 `encode` and `decode` are pure: no socket, no clock, no torch. `decode` raises `ProtocolError` with the field that is
 wrong before anything else sees the content. No pickle: nothing on a wire is executed.
@@ -21,7 +22,6 @@ Who speaks what (the connecting side is written first)::
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,10 +29,11 @@ from typing import Any, TypeVar
 
 import msgpack
 
-from moering import codec
+from moering import codec, expert_frames
 from moering.errors import ProtocolError
+from moering.expert_frames import Dispatch, Reply
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 8 << 20
 """A header longer than this is refused unread. The largest honest one is a plan of some 60 KB or a long prompt."""
 MAX_FRAME_BYTES = 16 << 20
@@ -40,7 +41,6 @@ MAX_FRAME_BYTES = 16 << 20
 MAX_TENSOR_BYTES = 1 << 20
 """Senders split rows so that a tensor frame stays within this, to keep one long prompt from holding up decoding."""
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS: dict[str, type] = {}
 
 C = TypeVar("C", bound=type)
@@ -68,6 +68,7 @@ class Hello:
     incarnation: int
     model: str
     digest: str  # of the checkpoint; "" where the peer does not read one (gateway)
+    shared_rows: str = ""  # from a router: the segment that it offers (`moering.shared_rows`)
 
 
 @_message("welcome")
@@ -82,6 +83,7 @@ class Welcome:
     incarnation: int
     credit_rows: int
     max_rows: int
+    shared_rows: bool = False  # the segment offered with hello is used
 
 
 @_message("refused")
@@ -105,33 +107,6 @@ class Failed:
 
 
 # --- router ⇄ expert server ------------------------------------------------------------------------------------------
-
-
-@_message("dispatch")
-@dataclass(frozen=True, slots=True)
-class Dispatch:
-    """Rows of one layer for experts of one server. Tensor: hidden states, `shape` = [rows, hidden_size]."""
-
-    router: int  # incarnation of the router; (router, seq) is never used again
-    seq: int
-    layer: int
-    prefill: bool  # decode rows are computed before these
-    pairs: bytes  # little-endian uint16 [2, pairs]: row within the tensor, and logical expert; sorted by expert
-    dtype: str
-    shape: list[int]
-
-
-@_message("reply")
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The unsummed expert outputs, in the order of the dispatch's pairs. Tensor: `shape` = [pairs, hidden_size]."""
-
-    router: int
-    seq: int
-    incarnation: int  # of the expert server
-    compute_us: int
-    dtype: str
-    shape: list[int]
 
 
 @_message("not_here")
@@ -437,7 +412,7 @@ class ProvenExit:
 
 
 Message = (
-    Hello | Welcome | Refused | Failed | Dispatch | Reply | NotHere | Submit | Abort | Tokens
+    Hello | Welcome | Refused | Failed | NotHere | Submit | Abort | Tokens
     | RouterStats | View | Register | Registered | Unknown | Lease | Held | Leave | ProvenExit
     | Operate | OperateAnswer | Events
 )  # fmt: skip
@@ -448,6 +423,8 @@ Message = (
 
 def encode(message: Any) -> bytes:
     """The header frame of a message."""
+    if message.__class__ is Dispatch or message.__class__ is Reply:
+        return expert_frames.encode(message, PROTOCOL_VERSION)
     fields = {"v": PROTOCOL_VERSION, "kind": message.KIND, **codec.to_map(message)}
     return typing.cast(bytes, msgpack.packb(fields))
 
@@ -457,6 +434,8 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Any, memoryview | None
     if not frames:
         raise ProtocolError("an empty message")
     header = frames[0]
+    if header and header[0] == expert_frames.MARK:
+        return expert_frames.decode(frames, PROTOCOL_VERSION)
     if len(header) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a header of {len(header)} bytes; the limit is {MAX_HEADER_BYTES}")
     try:
@@ -471,25 +450,6 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Any, memoryview | None
     cls = KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise ProtocolError(f"unknown message kind {codec.shown(kind)}")
-    message = codec.from_map(cls, fields, str(kind))
-    return message, _tensor(message, frames)
-
-
-def _tensor(message: Any, frames: Sequence[bytes | memoryview]) -> memoryview | None:
-    """The tensor frame, its size checked against the message's dtype and shape."""
-    kind = message.KIND
-    if not hasattr(message, "shape"):
-        if len(frames) != 1:
-            raise ProtocolError(f"{kind}: {len(frames)} frames where 1 is expected")
-        return None
-    if len(frames) != 2:
-        raise ProtocolError(f"{kind}: {len(frames)} frames where 2 are expected")
-    if message.dtype not in ITEM_BYTES:
-        raise ProtocolError(f"{kind}.dtype: {message.dtype!r:.40} is not one of {', '.join(ITEM_BYTES)}")
-    if len(message.shape) != 2 or min(message.shape) < 0:
-        raise ProtocolError(f"{kind}.shape: {message.shape!r:.60} is not [rows, columns]")
-    tensor = memoryview(frames[1])
-    expected = math.prod(message.shape) * ITEM_BYTES[message.dtype]
-    if tensor.nbytes != expected:
-        raise ProtocolError(f"{kind}: a tensor of {tensor.nbytes} bytes; dtype and shape ask for {expected}")
-    return tensor
+    if len(frames) != 1:
+        raise ProtocolError(f"{kind}: {len(frames)} frames where 1 is expected")
+    return codec.from_map(cls, fields, str(kind)), None

@@ -47,7 +47,7 @@ class Router:
         self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
         poller = zmq.Poller()
         hello = Hello("router", self.id, self.incarnation, self.model, self.checkpoint.digest)
-        self.exchange = Exchange(hello, poller, time.monotonic)
+        self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic)
         frontend = Frontend(
             socket, self.id, self.incarnation, config.max_num_seqs, self.model, self.checkpoint.digest
         )  # fmt: skip

@@ -1,23 +1,33 @@
-"""One connection to one incarnation of an expert server: a socket, and a watch on its loss."""
+"""One connection to one incarnation of an expert server: a socket, a watch on its loss, and memory shared with it."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
+import numpy as np
 import zmq
 
 from moering import protocol, transport
-from moering.protocol import Hello, MemberInfo
+from moering.errors import ProtocolError
+from moering.expert_frames import INLINE, Reply
+from moering.expert_frames import Dispatch as DispatchMessage
+from moering.protocol import Hello, MemberInfo, Welcome
+from moering.shared_rows import SLOTS, SharedRows, forget
+from router.instructions import Dispatch
 
 
 class Connection:
     """Never reused: a server that comes back, even at the same address, gets a new connection."""
 
-    def __init__(self, server: MemberInfo, hello: Hello) -> None:
+    def __init__(self, server: MemberInfo, hello: Hello, hidden_size: int) -> None:
         """Connect and say hello. Raises `OSError` when the address does not resolve."""
         self.server_id, self.incarnation = server.server_id, server.incarnation
         self.key = server.server_id, server.incarnation
         self.welcomed, self.open = False, True
+        self._router = hello.incarnation
+        self._shared = SharedRows.create(hidden_size) if transport.is_local(server.address) else None
+        self._free_slots: list[int] = []  # none before the server has accepted the segment
+        self._slot_of: dict[int, int] = {}  # by seq, until the answer is here
         self.socket = transport.make_socket(zmq.DEALER, transport.DATA, queue_messages=10_000)
         self.watch = transport.watch_disconnects(self.socket)
         try:
@@ -25,6 +35,8 @@ class Connection:
         except OSError:
             self.close()
             raise
+        if self._shared is not None:
+            hello = dataclasses.replace(hello, shared_rows=self._shared.name)
         transport.try_send(self.socket, [protocol.encode(hello)])
 
     def register(self, poller: zmq.Poller) -> None:
@@ -37,6 +49,14 @@ class Connection:
         poller.unregister(self.socket)
         poller.unregister(self.watch)
 
+    def welcome(self, message: Welcome) -> None:
+        """The server takes dispatches, and rows in shared memory if it could open the segment."""
+        self.welcomed = True
+        if self._shared is not None and message.shared_rows:
+            self._free_slots = list(range(SLOTS))
+        else:
+            self._forget_segment()
+
     def lost(self) -> bool:
         """Whether the watch has anything to say: all that it watches for means that this connection is over."""
         return transport.try_receive(self.watch) is not None
@@ -45,9 +65,39 @@ class Connection:
         """The next message, if one is waiting."""
         return transport.try_receive(self.socket)
 
-    def send(self, message: Any, tensor: memoryview) -> bool:
-        """Send without blocking."""
-        return transport.try_send(self.socket, [protocol.encode(message), tensor])
+    def send(self, d: Dispatch, hidden: np.ndarray) -> bool:
+        """Send the dispatch's rows of `hidden` float32 [n, hidden_size], without blocking."""
+        pairs = len(d.experts)
+        experts = d.experts.astype(np.uint16).tobytes()
+        if self._shared is not None and self._free_slots and self._shared.fits(pairs, hidden.shape[1]):
+            slot = self._slot_of[d.seq] = self._free_slots.pop()
+            hidden.take(d.rows[d.local_rows], 0, self._shared.sent[slot][:pairs], "clip")
+            message = DispatchMessage(
+                self._router, d.seq, d.layer, d.prefill, experts, "float32", pairs, hidden.shape[1], slot
+            )  # fmt: skip
+            return transport.try_send(self.socket, [protocol.encode(message)])
+        rows = hidden if len(d.rows) == len(hidden) else hidden[d.rows]
+        pairs_of = d.local_rows.tobytes() + experts
+        message = DispatchMessage(self._router, d.seq, d.layer, d.prefill, pairs_of, "float32", *rows.shape)
+        return transport.try_send(self.socket, [protocol.encode(message), memoryview(rows).cast("B")])  # type: ignore[arg-type]
+
+    def answered(self, seq: int) -> int:
+        """The server owes no answer to this dispatch any more; the slot that it had, which is free now."""
+        slot = self._slot_of.pop(seq, INLINE)
+        if slot != INLINE:
+            self._free_slots.append(slot)
+        return slot
+
+    def rows_of(self, reply: Reply, tensor: memoryview | None) -> np.ndarray:
+        """The rows of a reply, float32 [rows, hidden_size], good until the next `send`. Raises `ProtocolError`."""
+        slot = self.answered(reply.seq)
+        if tensor is not None:
+            return np.frombuffer(tensor, "<f4").reshape(reply.rows, reply.columns)
+        if self._shared is None or reply.slot != slot or not self._shared.fits(reply.rows, reply.columns):
+            raise ProtocolError(
+                f"{reply.rows} rows of {reply.columns} in slot {reply.slot}, to a dispatch in slot {slot}"
+            )
+        return self._shared.answered[slot][: reply.rows]
 
     def close(self) -> None:
         """Close at once; nothing that is queued goes out."""
@@ -55,3 +105,9 @@ class Connection:
         self.socket.disable_monitor()
         self.watch.close()
         self.socket.close()
+        self._forget_segment()
+
+    def _forget_segment(self) -> None:
+        if self._shared is not None:
+            forget(self._shared.name)
+            self._shared = None

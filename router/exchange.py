@@ -16,11 +16,11 @@ import zmq
 
 from moering import protocol
 from moering.errors import ProtocolError
-from moering.protocol import Dispatch as DispatchMessage
-from moering.protocol import Failed, Hello, MemberInfo, NotHere, Refused, Reply, View, Welcome
+from moering.expert_frames import Reply
+from moering.protocol import Failed, Hello, MemberInfo, NotHere, Refused, View, Welcome
 from router.connection import Connection
 from router.dispatch import Dispatcher
-from router.instructions import Complete, Dispatch, Instruction, Poisoned, Send
+from router.instructions import Complete, Instruction, Poisoned, Send
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,10 @@ class Finished:
 class Exchange:
     """All connections to expert servers, and the works in progress."""
 
-    def __init__(self, hello: Hello, poller: zmq.Poller, clock: Callable[[], float]) -> None:
+    def __init__(self, hello: Hello, hidden_size: int, poller: zmq.Poller, clock: Callable[[], float]) -> None:
         self.dispatcher = Dispatcher()
         self.changed = False  # routes were gained since the engine last looked: held slots may be tried again
-        self._hello, self._poller, self._clock = hello, poller, clock
+        self._hello, self._hidden_size, self._poller, self._clock = hello, hidden_size, poller, clock
         self._members: dict[str, MemberInfo] = {}
         self._connections: dict[str, Connection] = {}
         self._by_socket: dict[Any, Connection] = {}
@@ -179,7 +179,7 @@ class Exchange:
 
     def _connect(self, member: MemberInfo) -> None:
         try:
-            connection = Connection(member, self._hello)
+            connection = Connection(member, self._hello, self._hidden_size)
         except OSError as e:
             logger.warning("cannot connect to %s at %s: %s; trying again", member.server_id, member.address, e)
             return
@@ -202,12 +202,13 @@ class Exchange:
 
     def _take(self, connection: Connection, message: Any, tensor: memoryview | None) -> None:
         server, now = connection.server_id, self._clock()
-        if isinstance(message, Reply) and tensor is not None:
+        if isinstance(message, Reply):
             self._put(connection, message, tensor)
         elif isinstance(message, NotHere):
+            connection.answered(message.seq)
             self._do(self.dispatcher.not_here(server, message.incarnation, message.seq, now))
         elif isinstance(message, Welcome) and message.incarnation == connection.incarnation:
-            connection.welcomed = True
+            connection.welcome(message)
             self._met.add(connection.key)
             self.dispatcher.connected(server, message.incarnation, message.credit_rows, message.max_rows, now)
             self.changed = True
@@ -219,11 +220,11 @@ class Exchange:
         else:
             self._lose(connection, f"an unexpected {message.KIND}", REFUSED_RETRY_S)
 
-    def _put(self, connection: Connection, reply: Reply, tensor: memoryview) -> None:
+    def _put(self, connection: Connection, reply: Reply, tensor: memoryview | None) -> None:
         """Write the rows of a reply to the slots it answers."""
-        server = connection.server_id
         try:
-            d = self.dispatcher.find(server, reply.incarnation, reply.seq, reply.shape[0])
+            rows = connection.rows_of(reply, tensor)
+            d = self.dispatcher.find(connection.server_id, reply.incarnation, reply.seq, reply.rows)
         except ProtocolError as e:
             self._lose(connection, f"a bad reply ({e})", REFUSED_RETRY_S)
             return
@@ -233,10 +234,9 @@ class Exchange:
             self._do(self.dispatcher.replied(d, self._clock()))
             return
         _, _, output = self._micro_batches[d.work].expert_arrays()
-        if reply.dtype != "float32" or reply.shape[1] != output.shape[1]:
-            self._lose(connection, f"a reply of {reply.dtype} {reply.shape}", REFUSED_RETRY_S)
+        if reply.dtype != "float32" or rows.shape[1] != output.shape[1]:
+            self._lose(connection, f"a reply of {reply.dtype} {rows.shape}", REFUSED_RETRY_S)
             return
-        rows = np.frombuffer(tensor, "<f4").reshape(reply.shape)
         if d.open is None:
             output[d.slots] = rows
         else:  # another replica was faster with some of them
@@ -246,23 +246,15 @@ class Exchange:
     def _do(self, instructions: list[Instruction]) -> None:
         for i in instructions:
             if isinstance(i, Send):
-                self._send(i.dispatch)
+                d = i.dispatch
+                # A failed send needs no answer here: the connection is lost, which will bring the dispatch back.
+                self._connections[d.server].send(d, self._micro_batches[d.work].expert_arrays()[0])
             elif isinstance(i, Poisoned):
                 self._poisoned.setdefault(i.work, []).append(i.rows)
             elif isinstance(i, Complete):
                 poisoned = self._poisoned.pop(i.work, [np.empty(0, np.int64)])
                 mb = self._micro_batches.pop(i.work)
                 self._finished.append(Finished(mb, i.missing, np.concatenate(poisoned)))
-
-    def _send(self, d: Dispatch) -> None:
-        hidden, _, _ = self._micro_batches[d.work].expert_arrays()
-        rows = hidden if len(d.rows) == len(hidden) else hidden[d.rows]
-        message = DispatchMessage(
-            self._hello.incarnation, d.seq, d.layer, d.prefill,
-            d.local_rows.tobytes() + d.experts.astype("<u2").tobytes(), "float32", list(rows.shape),
-        )  # fmt: skip
-        # A failed send needs no answer here: the connection is lost, which will bring the dispatch back.
-        self._connections[d.server].send(message, memoryview(rows).cast("B"))
 
     def _lose(self, connection: Connection, why: str, retry_s: float = RETRY_S) -> None:
         server, now = connection.server_id, self._clock()

@@ -7,14 +7,15 @@ import zmq
 from expert_server.residency import Residency
 from expert_server.service import Service
 from moering import protocol, transport
-from moering.protocol import Failed, Hello, NotHere, Refused, Reply, Welcome
+from moering.expert_frames import Reply
+from moering.protocol import Failed, Hello, NotHere, Refused, Welcome
 from tests.expert_server.test_batching import HIDDEN, dispatch
 
 SHAPE = (3, 8, HIDDEN)
 
 
 def compute(hidden, rows, counts, experts, out):
-    out[:] = hidden[rows] * np.repeat(experts, counts)[:, None]
+    out[:] = (hidden if rows is None else hidden[rows]) * np.repeat(experts, counts)[:, None]
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_rows_come_back_unsummed_in_the_order_of_the_pairs(router):
     hidden = rows(2)
     reply, tensor = router.compute(dispatch([(0, 3), (1, 3), (1, 5)]), hidden)
     assert isinstance(reply, Reply)
-    assert (reply.seq, reply.incarnation, reply.shape) == (1, 5, [3, HIDDEN])
+    assert (reply.seq, reply.incarnation, reply.rows, reply.columns) == (1, 5, 3, HIDDEN)
     got = np.frombuffer(tensor, np.float32).reshape(3, HIDDEN)
     assert (got == np.stack([hidden[0] * 4, hidden[1] * 4, hidden[1] * 6])).all()
 

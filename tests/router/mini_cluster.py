@@ -83,7 +83,7 @@ class MiniCluster:
         self.servers = beside.servers if beside else [self.start(i) for i in range(n)]
         poller, router = zmq.Poller(), 2 if beside else 1
         hello = Hello("router", f"r{router}", router, "m", self.checkpoint.digest)
-        self.exchange = Exchange(hello, poller, time.monotonic)
+        self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic)
         socket = transport.make_socket(zmq.ROUTER)
         self.address = transport.bind(socket, f"ipc://{directory}/r{router}")
         config = Config(**{"kv_cache_mb": 64, **options})

@@ -10,6 +10,7 @@ from expert_server.residency import Residency
 from expert_server.service import Service
 from moering import transport
 from moering.protocol import Hello, MemberInfo, View
+from moering.shared_rows import DIRECTORY, SLOTS, SharedRows
 from router.exchange import HANDSHAKE_S, Exchange
 
 LAYERS, EXPERTS, HIDDEN, TOP_K = 2, 4, 8, 2
@@ -17,7 +18,7 @@ DEADLINE_S = 20.0
 
 
 def compute(hidden, rows, counts, experts, out):
-    out[:] = hidden[rows] * np.repeat(experts, counts)[:, None]
+    out[:] = (hidden if rows is None else hidden[rows]) * np.repeat(experts, counts)[:, None]
 
 
 class Server:
@@ -69,7 +70,7 @@ class Rows:
 class Harness:
     def __init__(self):
         self.poller = zmq.Poller()
-        self.exchange = Exchange(Hello("router", "r", 7, "model", "digest"), self.poller, time.monotonic)
+        self.exchange = Exchange(Hello("router", "r", 7, "model", "digest"), HIDDEN, self.poller, time.monotonic)
         self.epoch = 0
 
     def view(self, *servers, routing=None):
@@ -132,6 +133,41 @@ def test_rows_travel_and_results_land_in_their_slots(harness, servers):
     assert done.micro_batch is rows
     assert len(done.missing) == 0
     assert (rows.output == rows.expected()).all()
+
+
+def test_without_shared_memory_rows_travel_in_frames(harness, servers, monkeypatch):
+    monkeypatch.setattr(SharedRows, "open", lambda name, columns: None)
+    a, b = (s.serve() for s in servers)
+    harness.view(a, b)
+    harness.connected(a, b)
+    rows = Rows(IDS)
+    harness.exchange.submit(rows)
+    harness.finish()
+    assert (rows.output == rows.expected()).all()
+
+
+def test_more_works_than_slots_are_under_way_at_once(harness, servers):
+    a, b = (s.serve() for s in servers)
+    harness.view(a, b)
+    harness.connected(a, b)
+    works = [Rows(IDS, layer=n % LAYERS) for n in range(3 * SLOTS)]
+    for rows in works:
+        rows.hidden *= 1 + works.index(rows)
+        harness.exchange.submit(rows)
+    done = []
+    harness.until(lambda: done.extend(harness.exchange.take_finished()) or len(done) == len(works))
+    for rows in works:
+        assert (rows.output == rows.expected()).all()
+
+
+def test_no_segment_keeps_its_name(harness, servers):
+    before = set(DIRECTORY.glob("moering-*"))
+    a, b = servers
+    a.serve()
+    harness.view(a, b)  # b answers no hello
+    harness.connected(a)
+    harness.exchange.close()
+    assert set(DIRECTORY.glob("moering-*")) <= before
 
 
 def test_a_server_that_dies_between_receive_and_reply_loses_nothing(harness, servers):

@@ -15,7 +15,7 @@ import numpy as np
 
 from expert_server import __main__ as product
 from expert_server.service import Service
-from moering.protocol import Reply
+from moering.expert_frames import Reply
 from tests.faults.processes.agent import Agent
 from tests.faults.processes.wrapping import GARBAGE, advertise_relay, start, wrap
 
@@ -71,15 +71,20 @@ def _send(agent: Agent, go: Any, service: Any, identity: bytes, message: Any, te
     elif fault.action == "garbage":
         service._socket.send_multipart([identity, GARBAGE])
     elif fault.action == "wrong shape":
-        # Too few columns of a prefill, too many rows of a decode.
-        tensor = tensor[:, :-1].copy() if service.fault_facts["prefill"] else np.concatenate([tensor, tensor[:1]])
-        message.shape[:] = tensor.shape
-        go(identity, message, tensor)
+        _send_misshapen(go, identity, message, tensor, too_narrow=service.fault_facts["prefill"])
     elif fault.action == "twice":
         go(identity, message, tensor)
         go(identity, message, tensor)
     else:
         raise AssertionError(fault.action)
+
+
+def _send_misshapen(go: Any, identity: bytes, message: Reply, tensor: Any, *, too_narrow: bool) -> None:
+    """Too few columns or too many rows. Without `tensor` the rows are in shared memory."""
+    columns, rows = message.columns - too_narrow, message.rows + (not too_narrow)
+    if tensor is not None:
+        tensor = np.resize(tensor, (rows, columns))
+    go(identity, message._replace(rows=rows, columns=columns), tensor)
 
 
 if __name__ == "__main__":
