@@ -155,7 +155,12 @@ def test_more_works_than_slots_are_under_way_at_once(harness, servers):
         rows.hidden *= 1 + works.index(rows)
         harness.exchange.submit(rows)
     done = []
-    harness.until(lambda: done.extend(harness.exchange.take_finished()) or len(done) == len(works))
+
+    def finished():
+        done.extend(harness.exchange.take_finished())
+        return len(done) == len(works)
+
+    harness.until(finished)
     for rows in works:
         assert (rows.output == rows.expected()).all()
 
