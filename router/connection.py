@@ -88,15 +88,15 @@ class Connection:
             self._free_slots.append(slot)
         return slot
 
-    def rows_of(self, reply: Reply, tensor: memoryview | None) -> np.ndarray:
-        """The rows of a reply, float32 [rows, hidden_size], good until the next `send`. Raises `ProtocolError`."""
-        slot = self.answered(reply.seq)
+    def rows_of(self, reply: Reply, slot: int, tensor: memoryview | None) -> np.ndarray:
+        """The rows of a reply to a dispatch in `slot`, float32 [rows, hidden_size], good until the next `send`.
+
+        Raises `ProtocolError` where they are not where they should be.
+        """
         if tensor is not None:
             return np.frombuffer(tensor, "<f4").reshape(reply.rows, reply.columns)
         if self._shared is None or reply.slot != slot or not self._shared.fits(reply.rows, reply.columns):
-            raise ProtocolError(
-                f"{reply.rows} rows of {reply.columns} in slot {reply.slot}, to a dispatch in slot {slot}"
-            )
+            raise ProtocolError(f"{reply.rows} rows of {reply.columns} in slot {reply.slot}, not in slot {slot}")
         return self._shared.answered[slot][: reply.rows]
 
     def close(self) -> None:

@@ -223,12 +223,13 @@ class Exchange:
     def _put(self, connection: Connection, reply: Reply, tensor: memoryview | None) -> None:
         """Write the rows of a reply to the slots it answers."""
         try:
-            rows = connection.rows_of(reply, tensor)
             d = self.dispatcher.find(connection.server_id, reply.incarnation, reply.seq, reply.rows)
+            slot = connection.answered(reply.seq)
+            rows = None if d is None else connection.rows_of(reply, slot, tensor)
         except ProtocolError as e:
             self._lose(connection, f"a bad reply ({e})", REFUSED_RETRY_S)
             return
-        if d is None:
+        if d is None or rows is None:
             return
         if not d.wanted:
             self._do(self.dispatcher.replied(d, self._clock()))

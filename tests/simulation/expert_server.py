@@ -11,7 +11,8 @@ from expert_server import batching
 from expert_server.batching import Group, Request
 from expert_server.loader import REPORT_S, targets
 from expert_server.residency import Key, Residency
-from moering.protocol import Dispatch, Failed, Held, Hello, NotHere, Reply, View, Welcome
+from moering.expert_frames import Dispatch, Reply
+from moering.protocol import Failed, Held, Hello, NotHere, View, Welcome
 from tests.simulation.arithmetic import P, coefficients
 from tests.simulation.member import Member
 from tests.simulation.network import End
@@ -180,11 +181,12 @@ class ExpertServer(Member):
             return
         hidden = np.concatenate([r.hidden for r in group.requests])[:, 0].astype(np.int64)
         experts = np.repeat(group.experts, group.counts)
-        out = (self._a[layer, experts] * hidden[group.rows] + self._b[layer, experts]) % P
+        chosen = hidden if group.rows is None else hidden[group.rows]
+        out = (self._a[layer, experts] * chosen + self._b[layer, experts]) % P
         parts = batching.split(group, out.astype(np.float32)[:, None])
         for r, part in zip(group.requests, parts, strict=True):
             m = r.message
-            replies.append((ends[id(r)], Reply(m.router, m.seq, self.incarnation, 0, "float32", [len(part), 1]), part))
+            replies.append((ends[id(r)], Reply(m.router, m.seq, self.incarnation, 0, "float32", len(part), 1), part))
 
     def _reply(self, replies: list[tuple[End, Reply, np.ndarray]]) -> None:
         for end, reply, rows in replies:

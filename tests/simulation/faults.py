@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moering.protocol import Held, Lease, Leave, Register, Reply, Tokens, View
+from moering.expert_frames import Reply
+from moering.protocol import Held, Lease, Leave, Register, Tokens, View
 from tests.simulation.cluster import Cluster, Size
 from tests.simulation.member import COORDINATOR
 
@@ -155,10 +156,10 @@ def _zombie(cluster: Cluster, fault: Fault) -> None:
             for d in router.dispatcher.outstanding_at(end.label.server_id)[:1]:
                 old = end.label.incarnation - 1 - fault.dice % 3
                 rows = np.full((len(d.slots), 1), 1.0, np.float32)
-                reply = Reply(router.incarnation, d.seq, old, 0, "float32", [len(rows), 1])
+                reply = Reply(router.incarnation, d.seq, old, 0, "float32", len(rows), 1)
                 router.do(router.take, end, reply, rows)
                 if fault.dice % 2:  # and garbage in the place of the living one
-                    wrong = replace(reply, incarnation=end.label.incarnation, shape=[len(rows) + 1, 1])
+                    wrong = reply._replace(incarnation=end.label.incarnation, rows=len(rows) + 1)
                     router.do(router.take, end, wrong, np.ones((len(rows) + 1, 1), np.float32))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from moering.protocol import Reply
+from moering.expert_frames import Reply
 from tests.simulation.world import Process, World
 
 CLOSED = object()

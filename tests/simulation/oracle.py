@@ -12,7 +12,8 @@ import numpy as np
 
 from expert_server.residency import Key
 from gateway.journal import Event, Failure
-from moering.protocol import Lease, Reply, View
+from moering.expert_frames import Reply
+from moering.protocol import Lease, View
 from router.quarantine import POISON_DEATHS
 from tests.simulation.arithmetic import reference
 from tests.simulation.world import Violation

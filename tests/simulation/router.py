@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moering.errors import ProtocolError
-from moering.protocol import Abort, Failed, Hello, MemberInfo, NotHere, Refused, Reply, Submit, View, Welcome
-from moering.protocol import Dispatch as DispatchMessage
+from moering.expert_frames import Dispatch as DispatchMessage
+from moering.expert_frames import Reply
+from moering.protocol import Abort, Failed, Hello, MemberInfo, NotHere, Refused, Submit, View, Welcome
 from router.dispatch import Dispatcher
 from router.exchange import HANDSHAKE_S, REFUSED_RETRY_S, RETRY_S
 from router.instructions import Complete, Instruction, Poisoned, Send
@@ -155,7 +156,7 @@ class Router(Member):
 
     def _put(self, end: End, reply: Reply, tensor: np.ndarray) -> None:
         try:
-            d = self.dispatcher.find(end.label.server_id, reply.incarnation, reply.seq, reply.shape[0])
+            d = self.dispatcher.find(end.label.server_id, reply.incarnation, reply.seq, reply.rows)
         except ProtocolError:
             self.cluster.oracle.counts["blows"] += 1
             self._lose(end, REFUSED_RETRY_S)
@@ -198,5 +199,5 @@ class Router(Member):
         self.cluster.oracle.dispatched(self, d)
         rows = self._flights[d.work].x[d.rows].astype(np.float32)[:, None]
         pairs = d.local_rows.tobytes() + d.experts.astype("<u2").tobytes()
-        message = DispatchMessage(self.incarnation, d.seq, d.layer, d.prefill, pairs, "float32", list(rows.shape))
+        message = DispatchMessage(self.incarnation, d.seq, d.layer, d.prefill, pairs, "float32", *rows.shape)
         self._connections[d.server].send((message, memoryview(rows).cast("B")))
