@@ -48,6 +48,7 @@ class ExpertServer:
         self.checkpoint = Checkpoint(config.checkpoint)
         self.residency = Residency()
         self._read = ReadAhead(self.checkpoint.expert, config.load_threads)
+        transport.start_io_thread()
         socket = transport.make_socket(zmq.ROUTER, transport.DATA, queue_messages=10_000)
         self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
         self.service = Service(socket, self.id, self.incarnation, config.credit_rows, self.residency)

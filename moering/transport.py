@@ -20,6 +20,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from moering.errors import ConfigError
 from moering.protocol import MAX_FRAME_BYTES
+from moering.time_slice import short_slice
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # arithmetic of zmq's enume
 def context() -> zmq.Context[zmq.Socket[bytes]]:
     """The one context of this process."""
     return zmq.Context.instance()
+
+
+def start_io_thread() -> None:
+    """Start the context's I/O thread, ready to take a core from a computation for the microseconds that it needs.
+
+    Linux lets a thread that wakes up interrupt a running one only when its time slice is the shorter one (since 6.12;
+    earlier kernels ignore it). New threads inherit it, so it is set while the first socket starts the I/O thread.
+    """
+    with short_slice():
+        context().socket(zmq.PAIR).close()
 
 
 def make_socket(

@@ -43,6 +43,7 @@ class Router:
         coordinator = finder(config.join, config.membership)
         self.checkpoint = Checkpoint(config.checkpoint)
         self.model = self.checkpoint.path.name
+        transport.start_io_thread()
         socket = transport.make_socket(zmq.ROUTER, queue_messages=100_000)
         self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
         poller = zmq.Poller()
