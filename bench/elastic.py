@@ -8,6 +8,7 @@ against the p99 of the calm time before it, the bytes moved and the seconds take
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ class ElasticConfig:
     requests: int = option(16, "distinct requests, repeated in turn")
     prompt_tokens: str = option("16-64", "prompt length, fixed or a range")
     output_tokens: str = option("100-200", "output length, fixed or a range")
+    vocab_size: int | None = option(None, "prompt ids are below this; default: that of the checkpoint, or 2048")
     timeout: float = option(120.0, "seconds without a byte after which a request counts as failed")
     seed: int = option(0, "of prompts and sampling")
     out: str = option("bench-elastic", "directory for elastic.json and the cluster's log")
@@ -57,6 +59,13 @@ class ElasticConfig:
             action, _, value = step.partition("=")
             if action not in ("scale", "restart") or (action == "scale" and not value.isdecimal()):
                 raise ConfigError(f"steps: {step} is neither scale=N nor restart nor restart=KIND")
+
+    def ids_below(self) -> int:
+        """The bound of prompt ids."""
+        path = Path(self.model, "config.json")
+        if self.vocab_size or not path.is_file():
+            return self.vocab_size or 2048
+        return int(json.loads(path.read_text())["vocab_size"])
 
 
 @dataclass(frozen=True)
@@ -77,10 +86,14 @@ async def run(config: ElasticConfig) -> Figures:
     cluster = found_or_started(config.url, config.model, log, flags, config.ready_timeout)
     async with cluster as url, new_session(config.timeout) as session:
         lengths = Lengths.parse(config.prompt_tokens), Lengths.parse(config.output_tokens)
-        bodies = fixed_requests(config.requests, await first_model(session, url), *lengths, 2048, config.seed)
+        model = await first_model(session, url)
+        bodies = fixed_requests(config.requests, model, *lengths, config.ids_below(), config.seed)
         await Streams(session, url, bodies[: config.streams], config.streams).once()  # first use of everything
         reference = Streams(session, url, bodies, config.streams)
         await reference.once()
+        wrong = [r.exchange for r in reference.recorded if r.exchange.error]
+        if wrong:
+            raise MoeringError(f"a request fails without any operation: {wrong[0].error} {wrong[0].detail}")
         clients, stop = Streams(session, url, bodies, config.streams), asyncio.Event()
         streaming = asyncio.create_task(clients.until(stop))
         try:
