@@ -23,7 +23,10 @@ FORGIVE_S = 2.0
 """After so long in normal use one strike is forgotten."""
 PROBES, PROBE_EVERY_S = 6, 0.03
 FAST_ENOUGH = 2.0
-"""An ejected server comes back when `PROBES` probes took at most so many times what they would take its peers."""
+"""An ejected server comes back when most of `PROBES` probes took at most so many times what they would take its peers.
+Not their mean: probes are few, and one of them is sent to a process that slept, between others that compute."""
+LONGEST_EJECTION_S = 8.0
+"""Probes cost next to nothing."""
 WEDGED_S = 0.5
 """Having answered nothing for so long, though something is overdue, a server is wedged rather than slow."""
 REPORTED_WEDGED_S = 1.0
@@ -129,9 +132,9 @@ class Health:
         self.probe_at_s = now_s + PROBE_EVERY_S
         if len(self._probes) < PROBES:
             return
-        took, expected = map(sum, zip(*self._probes, strict=True))
+        fast = sum(took <= FAST_ENOUGH * usual * expected for took, expected in self._probes)
         self._probes.clear()
-        if took <= FAST_ENOUGH * usual * expected:
+        if 2 * fast > PROBES:
             self.ejected, self.probe_at_s, self._good_since_s = False, float("inf"), now_s
         else:
             self._strike(now_s)
@@ -142,7 +145,7 @@ class Health:
         self.strikes += 1
         self._good_since_s = now_s
         if self.strikes >= EJECTING_STRIKES:
-            ban_s = min(FIRST_BAN_S * 2 ** int(self.strikes - EJECTING_STRIKES), LONGEST_BAN_S)
+            ban_s = min(FIRST_BAN_S * 2 ** int(self.strikes - EJECTING_STRIKES), LONGEST_EJECTION_S)
             self.ejected, self.probe_at_s = True, now_s + ban_s
             self._probes.clear()
 

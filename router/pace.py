@@ -133,7 +133,8 @@ class Pace:
     def _split(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(seconds, expected seconds) of samples."""
         took, before, experts, pairs = samples.T
-        return took, before + self.fixed_s + experts * self.expert_s + pairs * self.pair_s
+        expected = before + self.fixed_s + experts * self.expert_s + pairs * self.pair_s
+        return took, np.maximum(expected, 1e-9)
 
     def _fit(self, samples: list[np.ndarray]) -> None:
         """Relative errors count: a prefill must not outweigh a hundred decodes. Samples with work before them: not."""

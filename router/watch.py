@@ -87,7 +87,9 @@ class Watch:
         was_ejected = health.ejected
         if health.overdue(now_s):
             self._counters.servers_late += 1
-            self._counters.servers_ejected += health.ejected and not was_ejected
+            if health.ejected and not was_ejected:
+                self._counters.servers_ejected += 1
+                logger.warning("%s is late again and again: others first, until probes find it better", d.server)
             age_ms, allowed_ms = 1000 * (now_s - d.sent_s), 1000 * (d.due_s - d.sent_s)
             logger.info("%s is late: %.0f ms, %.0f allowed; others first", d.server, age_ms, allowed_ms)
             instructions += self._pass_over(d.server, now_s)
@@ -181,10 +183,16 @@ class Watch:
         return instructions
 
     def probed(self, d: Dispatch, now_s: float) -> None:
-        """A probe was answered."""
+        """A probe was answered.
+
+        Nobody waits for it: the router computes its next layer before it looks again, and the answer may lie there for
+        so long. What counts is therefore when an answer of another server was last taken in before.
+        """
         health, pace = self._health[d.server], self._outbox.pace
+        others_s = max((h.answered_s for s, h in self._health.items() if s != d.server), default=now_s)
+        took_s = max(0.0, min(now_s, others_s) - d.sent_s)
         usual = pace.peers_mean(d.server, self._trusted(now_s)) or 1.0
-        health.probed(now_s - d.sent_s, d.before_s + d.expected_s, usual, now_s)
+        health.probed(took_s, d.before_s + d.expected_s, usual, now_s)
         if not health.ejected:
             pace.of(d.server).restart()
             logger.info("%s is as fast as its peers again", d.server)

@@ -83,9 +83,10 @@ def test_a_server_that_pauses_shortly_is_routed_around_and_comes_back(scenario: 
 
     counted = cluster.counters()
     seen = scenario.through(pause)
-    grown = cluster.counters_after(counted["forwards"])
+    totals = cluster.counters_after(counted["forwards"])
+    grown = {name: totals[name] - counted[name] for name in totals}
     # Raced by a replica after 50 ms; given up after 350 ms, unless the streams were so fast that the pause was shorter.
-    assert grown["hedges"] + grown["servers_lost"] > counted["hedges"] + counted["servers_lost"]
+    assert grown["hedges"] + grown["servers_lost"] > 0
     assert grown["rows_resent"] == grown["rows_lost"]
     assert grown["forwards_dropped"] == grown["tokens_recomputed"] == 0
     after = cluster.process("expert-1")
