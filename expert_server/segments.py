@@ -18,10 +18,10 @@ class Segments:
         self._by_identity: dict[bytes, SharedRows] = {}
         self._identity_of: dict[str, bytes] = {}  # by router
 
-    def open(self, identity: bytes, router: str, name: str) -> bool:
+    def open(self, identity: bytes, router: str, offer: str) -> bool:
         """Use the segment that a router offers; False when it offers none, or one that this process cannot open."""
         self._by_identity.pop(self._identity_of.pop(router, b""), None)
-        segment = SharedRows.open(name, self._hidden_size)
+        segment = SharedRows.open(offer, self._hidden_size)
         if segment is None:
             return False
         while len(self._identity_of) >= MAX_ROUTERS:

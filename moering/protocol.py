@@ -68,7 +68,7 @@ class Hello:
     incarnation: int
     model: str
     digest: str  # of the checkpoint; "" where the peer does not read one (gateway)
-    shared_rows: str = ""  # from a router: the segment that it offers (`moering.shared_rows`)
+    shared_rows: str = ""  # from a router: memory that it offers to share (`moering.shared_rows`)
 
 
 @_message("welcome")

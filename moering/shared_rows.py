@@ -1,30 +1,28 @@
 """Rows in memory that a router and an expert server of one machine share; zmq carries only the doorbell.
 
-The router makes a segment for each connection and offers it with its hello; the server opens it, checks the name
-inside, and accepts with its welcome. From then on the segment has no name: it goes when both ends are gone. It belongs
-to one connection, and a slot to one dispatch until its answer arrives: a server that was given up, and wakes up late,
-writes to memory that nobody reads any more. Where the ends share no /dev/shm (containers), or no slot is free, rows
-travel in frames.
+The router makes a segment for each connection, as memory without a name, and offers with its hello where its descriptor
+is to be found; the server opens it, checks the nonce inside, and accepts with its welcome. The segment goes when both
+ends are gone, however they went. It belongs to one connection, and a slot to one dispatch until its answer arrives: a
+server that was given up, and wakes up late, writes to memory that nobody reads any more. Where the server does not see
+the router's descriptors (containers, other users), or no slot is free, rows travel in frames.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import re
 import secrets
-from pathlib import Path
+import stat
 
 import numpy as np
 import numpy.typing as npt
 
-DIRECTORY = Path("/dev/shm")
 SLOTS = 4
 """More than a router usually has outstanding at one server; what finds no slot free travels in frames."""
 SLOT_BYTES = 256 << 10
 """Of each direction. Larger messages, the chunks of long prompts, travel in frames, which zmq does not copy."""
-_NAME = re.compile(r"moering-[0-9a-f]{32}")
+_OFFER = re.compile(r"([1-9][0-9]{0,9}):([0-9]{1,7}):([0-9a-f]{32})")  # process, descriptor, nonce
 _PAGE = 4096
 _SIZE = _PAGE + 2 * SLOTS * SLOT_BYTES
 
@@ -34,8 +32,8 @@ Rows = npt.NDArray[np.float32]
 class SharedRows:
     """`sent[slot]` and `answered[slot]`: float32 [max_rows, columns] each."""
 
-    def __init__(self, memory: mmap.mmap, name: str, columns: int) -> None:
-        self.name, self._columns = name, columns
+    def __init__(self, memory: mmap.mmap, columns: int, offer: str = "", fd: int = -1) -> None:
+        self.offer, self._fd, self._columns = offer, fd, columns
         self._max_rows = rows = SLOT_BYTES // (4 * columns)
         self.sent = [_rows(memory, i, rows, columns) for i in range(SLOTS)]
         self.answered = [_rows(memory, SLOTS + i, rows, columns) for i in range(SLOTS)]
@@ -46,50 +44,47 @@ class SharedRows:
 
     @classmethod
     def create(cls, columns: int) -> SharedRows | None:
-        """A new segment; None where there is no shared memory, or not enough."""
-        name = f"moering-{secrets.token_hex(16)}"
-        try:
-            fd = os.open(DIRECTORY / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except OSError:
+        """A new segment with its `offer`; None where there is no such memory, or not enough."""
+        if not hasattr(os, "memfd_create"):
             return None
+        fd = os.memfd_create("moering-rows", os.MFD_CLOEXEC)
         try:
-            os.posix_fallocate(fd, 0, _SIZE)  # now, since writing to a full /dev/shm kills the writer
+            os.posix_fallocate(fd, 0, _SIZE)  # now, since writing where memory is short kills the writer
             memory = mmap.mmap(fd, _SIZE)
         except OSError:
-            forget(name)
-            return None
-        finally:
             os.close(fd)
-        memory[: len(name)] = name.encode()
-        return cls(memory, name, columns)
+            return None
+        nonce = secrets.token_hex(16)
+        memory[: len(nonce)] = nonce.encode()
+        return cls(memory, columns, f"{os.getpid()}:{fd}:{nonce}", fd)
 
     @classmethod
-    def open(cls, name: str, columns: int) -> SharedRows | None:
-        """The segment of that name, which has no name afterwards; None where it is not the one that was meant."""
-        if not _NAME.fullmatch(name):
+    def open(cls, offer: str, columns: int) -> SharedRows | None:
+        """The segment that is offered; None where it cannot be opened or is not the one that was meant."""
+        parts = _OFFER.fullmatch(offer)
+        if parts is None:
             return None
+        process, descriptor, nonce = parts.groups()
         try:
-            fd = os.open(DIRECTORY / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            # not blocking, in case that the descriptor is by now a pipe
+            fd = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             return None
         try:
-            if os.fstat(fd).st_size != _SIZE:
+            if not stat.S_ISREG(os.fstat(fd).st_mode) or os.fstat(fd).st_size != _SIZE:
                 return None
             memory = mmap.mmap(fd, _SIZE)
         except OSError:
             return None
         finally:
             os.close(fd)
-        if memory[: len(name)] != name.encode():
-            return None
-        forget(name)
-        return cls(memory, name, columns)
+        return cls(memory, columns) if memory[: len(nonce)] == nonce.encode() else None
 
-
-def forget(name: str) -> None:
-    """Take the name away; whoever has the segment keeps it."""
-    with contextlib.suppress(OSError):
-        (DIRECTORY / name).unlink()
+    def withdraw(self) -> None:
+        """Nobody else may open it from now on."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _rows(memory: mmap.mmap, index: int, rows: int, columns: int) -> Rows:

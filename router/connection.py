@@ -12,7 +12,7 @@ from moering.errors import ProtocolError
 from moering.expert_frames import INLINE, Reply
 from moering.expert_frames import Dispatch as DispatchMessage
 from moering.protocol import Hello, MemberInfo, Welcome
-from moering.shared_rows import SLOTS, SharedRows, forget
+from moering.shared_rows import SLOTS, SharedRows
 from router.instructions import Dispatch
 
 
@@ -36,7 +36,7 @@ class Connection:
             self.close()
             raise
         if self._shared is not None:
-            hello = dataclasses.replace(hello, shared_rows=self._shared.name)
+            hello = dataclasses.replace(hello, shared_rows=self._shared.offer)
         transport.try_send(self.socket, [protocol.encode(hello)])
 
     def register(self, poller: zmq.Poller) -> None:
@@ -52,10 +52,9 @@ class Connection:
     def welcome(self, message: Welcome) -> None:
         """The server takes dispatches, and rows in shared memory if it could open the segment."""
         self.welcomed = True
-        if self._shared is not None and message.shared_rows:
-            self._free_slots = list(range(SLOTS))
-        else:
-            self._forget_segment()
+        if self._shared is not None:
+            self._shared.withdraw()
+            self._free_slots = list(range(SLOTS)) if message.shared_rows else []
 
     def lost(self) -> bool:
         """Whether the watch has anything to say: all that it watches for means that this connection is over."""
@@ -105,9 +104,5 @@ class Connection:
         self.socket.disable_monitor()
         self.watch.close()
         self.socket.close()
-        self._forget_segment()
-
-    def _forget_segment(self) -> None:
         if self._shared is not None:
-            forget(self._shared.name)
-            self._shared = None
+            self._shared.withdraw()

@@ -1,6 +1,8 @@
 """The exchange over real sockets, with compute threads that can be killed between receive and reply."""
 
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from expert_server.residency import Residency
 from expert_server.service import Service
 from moering import transport
 from moering.protocol import Hello, MemberInfo, View
-from moering.shared_rows import DIRECTORY, SLOTS, SharedRows
+from moering.shared_rows import SLOTS, SharedRows
 from router.exchange import HANDSHAKE_S, Exchange
 
 LAYERS, EXPERTS, HIDDEN, TOP_K = 2, 4, 8, 2
@@ -165,14 +167,18 @@ def test_more_works_than_slots_are_under_way_at_once(harness, servers):
         assert (rows.output == rows.expected()).all()
 
 
-def test_no_segment_keeps_its_name(harness, servers):
-    before = set(DIRECTORY.glob("moering-*"))
+def test_closing_gives_up_all_shared_memory(harness, servers):
+    def segments():
+        return sum("moering-rows" in os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir())
+
     a, b = servers
     a.serve()
+    before = segments()
     harness.view(a, b)  # b answers no hello
     harness.connected(a)
+    assert segments() > before + 1
     harness.exchange.close()
-    assert set(DIRECTORY.glob("moering-*")) <= before
+    assert segments() == before + 1  # a's end of its connection
 
 
 def test_a_server_that_dies_between_receive_and_reply_loses_nothing(harness, servers):
