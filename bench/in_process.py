@@ -45,7 +45,7 @@ class LocalExchange:
         if self._experts is not None:
             torch.set_num_threads(self._threads)
             self._experts.run(flight.micro_batch)
-        self._finished.append(Finished(flight, NONE, NONE))
+        self._finished.append(Finished(flight, NONE, NONE, NONE))
 
     def take_finished(self) -> list[Finished]:
         """What `submit` has computed."""

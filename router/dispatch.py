@@ -12,7 +12,6 @@ never restarted. A dispatch's `seq` is never used again, so that a late reply of
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,18 +25,9 @@ from router.packing import Packet, pack, split
 from router.quarantine import POISON_DEATHS, QUARANTINE_DEATHS, Part, Quarantine
 from router.routes import Routes
 from router.watch import Watch
+from router.work import Work
 
-
-@dataclass(slots=True)
-class Work:
-    """One layer of one micro-batch."""
-
-    layer: int
-    top_k: int
-    prefill: bool
-    experts: np.ndarray  # int64 [rows × k]: the expert of each slot
-    outstanding: int = 0  # owners and quarantined parts
-    missing: list[np.ndarray] = field(default_factory=list)
+REPLACED_LATELY_S = 120.0
 
 
 class Dispatcher:
@@ -45,6 +35,7 @@ class Dispatcher:
 
     def __init__(self) -> None:
         self.counters = Counters()
+        self._replaced_at_s: list[float] = []
         self.routes = Routes()
         self.health = self.routes.health
         self.outbox = Outbox(self.counters)
@@ -56,11 +47,26 @@ class Dispatcher:
     # --- work ---
 
     def submit(
-        self, work: int, layer: int, topk_ids: np.ndarray, slots: np.ndarray | None, prefill: bool, now_s: float
+        self,
+        work: int,
+        layer: int,
+        topk_ids: np.ndarray,
+        slots: np.ndarray | None,
+        prefill: bool,
+        now_s: float,
+        deaths: np.ndarray | None = None,
     ) -> list[Instruction]:
-        """Start a work: `topk_ids` int64 [rows, k]; `slots` restricts it to those slots (what was missing before)."""
-        self.works[work] = Work(layer, topk_ids.shape[1], prefill, topk_ids.reshape(-1))
-        instructions = self._send(work, slots, 0, now_s)
+        """Start a work: `topk_ids` int64 [rows, k]; `slots` restricts it to those slots (what was missing before).
+
+        `deaths` are those of the slots, as `Complete` told them: else a row that has killed all holders of an expert
+        would begin anew when they are back.
+        """
+        self.works[work] = w = Work(layer, topk_ids.shape[1], prefill, topk_ids.reshape(-1))
+        if slots is None or deaths is None or not deaths.any():
+            instructions = self._send(work, slots, 0, now_s)
+        else:
+            w.resumed = True
+            instructions = self._resume(work, w, slots, deaths, now_s)
         if now_s >= self._watch.probe_at_s:
             instructions += self._watch.probe(work, now_s)
         return instructions + self._completed(work)
@@ -127,7 +133,10 @@ class Dispatcher:
 
     def connected(self, server: str, incarnation: int, credit_rows: int, max_rows: int, now_s: float) -> None:
         """A server welcomed us and may be used."""
-        self.health.setdefault(server, Health()).came_back(incarnation)
+        health = self.health.setdefault(server, Health())
+        if health.incarnation not in (0, incarnation):
+            self._replaced_at_s.append(now_s)
+        health.came_back(incarnation)
         self.outbox.open(server, credit_rows, max_rows)
         self._watch.health_changed()
 
@@ -161,12 +170,12 @@ class Dispatcher:
         """Dispatch these slots of a work to the servers of their experts; those without one become `missing`."""
         w, routes = self.works[work], self.routes.now(now_s)
         if not len(routes):  # no plan yet: a gateway heard of this router before this router of the plan
-            w.missing.append(np.arange(len(w.experts)) if slots is None else slots)
+            w.miss(np.arange(len(w.experts)) if slots is None else slots, deaths)
             return []
         instructions: list[Instruction] = []
         for packet in pack(slots, w.experts, routes[w.layer], w.top_k):
             if packet.server < 0:
-                w.missing.append(packet.slots)
+                w.miss(packet.slots, deaths)
                 continue
             for d in self.make(work, packet, Role.OWNER, deaths):
                 w.outstanding += 1
@@ -217,13 +226,34 @@ class Dispatcher:
         w = self.works[d.work]
         rows = np.unique(slots // w.top_k)
         self.counters.rows_lost += len(rows) * died
-        if died and alone and len(rows) == 1 and deaths >= POISON_DEATHS:
+        convicted = not w.resumed or self._replaced(now_s) >= QUARANTINE_DEATHS
+        if died and alone and len(rows) == 1 and deaths >= POISON_DEATHS and convicted:
             return [Poisoned(d.work, rows)]
         self.counters.rows_resent += len(rows) * died
         if deaths < QUARANTINE_DEATHS:
             return self._send(d.work, slots, deaths, now_s)
         w.outstanding += self._quarantine.add(Part(d.work, slots, deaths), w.top_k, halve=died)
         return []
+
+    def _replaced(self, now_s: float) -> int:
+        """How many servers came back lately as new processes. A row that nobody could serve has seen all connections
+        break, which a network does too: it is ended only where processes really died."""
+        self._replaced_at_s = [s for s in self._replaced_at_s if now_s - s < REPLACED_LATELY_S]
+        return len(self._replaced_at_s)
+
+    def _resume(self, work: int, w: Work, slots: np.ndarray, deaths: np.ndarray, now_s: float) -> list[Instruction]:
+        """What was missing goes on as what it was suspected of: row by row, since the halves were not kept."""
+        rows, which = np.unique(slots // w.top_k, return_inverse=True)
+        worst = np.zeros(len(rows), np.int64)
+        np.maximum.at(worst, which, deaths)  # what kills is the row, with whatever expert
+        instructions: list[Instruction] = []
+        for n in range(QUARANTINE_DEATHS):
+            if (mine := worst[which] == n).any():
+                instructions += self._send(work, slots[mine], n, now_s)
+        for i in np.flatnonzero(worst >= QUARANTINE_DEATHS)[::-1].tolist():  # the last one put in is the first to go
+            part = Part(work, slots[which == i], int(worst[i]))
+            w.outstanding += self._quarantine.add(part, w.top_k, halve=False)
+        return instructions + self._release(now_s)
 
     def _release(self, now_s: float) -> list[Instruction]:
         """Send the next of the quarantined rows, when it is their turn."""
@@ -246,5 +276,4 @@ class Dispatcher:
         if w is None or w.outstanding:
             return []
         del self.works[work]
-        missing = np.sort(np.concatenate(w.missing)) if w.missing else np.empty(0, np.int64)
-        return [Complete(work, missing)]
+        return [Complete(work, *w.missed())]

@@ -216,7 +216,7 @@ class Engine:
             self._pass(flight)
             return
         self._flights.discard(flight)
-        rest = self._parking.park(flight, finished.missing, self._clock())
+        rest = self._parking.park(flight, finished.missing, finished.deaths, self._clock())
         if rest is not None:
             self._go_on(rest)
 
@@ -269,7 +269,7 @@ class Engine:
         """The routes have changed: send what is missing, as far as that is possible now."""
         for flight in self._parking.retry():
             self._flights.add(flight)
-            self._exchange.submit(flight, flight.missing)
+            self._exchange.submit(flight, flight.missing, flight.missing_deaths)
 
     def _fail_missing(self, sequence: Sequence, message: str) -> None:
         self.requests_without_replica += sequence.status is not Status.FINISHED

@@ -50,6 +50,7 @@ class Finished:
 
     micro_batch: Any
     missing: np.ndarray
+    deaths: np.ndarray  # of the missing slots, to be given back with them
     poisoned: np.ndarray  # rows to be failed
 
 
@@ -72,14 +73,16 @@ class Exchange:
 
     # --- the engine's side ---
 
-    def submit(self, micro_batch: Rows, slots: np.ndarray | None = None) -> None:
+    def submit(self, micro_batch: Rows, slots: np.ndarray | None = None, deaths: np.ndarray | None = None) -> None:
         """Have the experts of the micro-batch's layer computed, all or just these slots; see `take_finished`."""
         self._next_work += 1
         self._micro_batches[self._next_work] = micro_batch
         _, topk_ids, _ = micro_batch.expert_arrays()
         now = self._clock()
         self._do(
-            self.dispatcher.submit(self._next_work, micro_batch.layer, topk_ids, slots, micro_batch.prefill, now)
+            self.dispatcher.submit(
+                self._next_work, micro_batch.layer, topk_ids, slots, micro_batch.prefill, now, deaths
+            )
         )  # fmt: skip
 
     def routable(self, layer: int, experts: np.ndarray) -> bool:
@@ -255,7 +258,7 @@ class Exchange:
             elif isinstance(i, Complete):
                 poisoned = self._poisoned.pop(i.work, [np.empty(0, np.int64)])
                 mb = self._micro_batches.pop(i.work)
-                self._finished.append(Finished(mb, i.missing, np.concatenate(poisoned)))
+                self._finished.append(Finished(mb, i.missing, i.deaths, np.concatenate(poisoned)))
 
     def _lose(self, connection: Connection, why: str, retry_s: float = RETRY_S) -> None:
         server, now = connection.server_id, self._clock()

@@ -28,6 +28,7 @@ class Flight:
         self.was_parked = False
         self.waits_since_s: float | None = None  # for a replica of an expert of this layer
         self.missing = np.empty(0, np.int64)  # slots that wait for a replica, while parked
+        self.missing_deaths = np.empty(0, np.int64)  # of each: at how many deaths of servers its row was outstanding
         chunks = [SequenceChunk(i.sequence.block_table, i.start, i.length) for i in items]
         token_ids = [t for i in items for t in i.sequence.tokens(i.start, i.length)]
         self._lengths = np.array([i.length for i in items])
@@ -95,7 +96,7 @@ class Flight:
         mb = self.micro_batch
         leave_out(mb.topk_weights, mb.expert_output, torch.from_numpy(self.missing[mine]))
         self._renormalized[self.missing_rows[mine]] = True
-        self.missing = self.missing[~mine]
+        self.missing, self.missing_deaths = self.missing[~mine], self.missing_deaths[~mine]
 
     def renormalized_rows(self) -> list[int]:
         """Of each item, in their order, the rows that were computed without some of their experts."""
@@ -121,6 +122,7 @@ class Flight:
         part._rewire()
         top_k = self.micro_batch.topk_ids.shape[1]
         part.missing = np.searchsorted(rows, missing // top_k) * top_k + missing % top_k
+        part.missing_deaths = self.missing_deaths if len(missing) else missing
         part.was_parked, part.waits_since_s = True, self.waits_since_s
         part._renormalized = self._renormalized[rows]
         return part

@@ -68,6 +68,7 @@ class Complete:
 
     work: int
     missing: np.ndarray  # int64, ascending
+    deaths: np.ndarray  # int64, of each missing slot: at how many deaths its row was outstanding
 
 
 @dataclass(frozen=True, slots=True)

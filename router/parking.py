@@ -43,9 +43,9 @@ class Parking:
         self._exchange, self._timeout_s = exchange, timeout_s
         self._fail, self._drop = fail, drop
 
-    def park(self, flight: Flight, missing: np.ndarray, now_s: float) -> Flight | None:
+    def park(self, flight: Flight, missing: np.ndarray, deaths: np.ndarray, now_s: float) -> Flight | None:
         """`missing` slots of this flight have no live replica."""
-        flight.missing, flight.was_parked = missing, True
+        flight.missing, flight.missing_deaths, flight.was_parked = missing, deaths, True
         if flight.waits_since_s is None:
             flight.waits_since_s = now_s
             requests = len(flight.sequences_of(flight.missing_rows))

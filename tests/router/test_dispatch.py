@@ -283,3 +283,35 @@ def test_bans_grow_and_are_ignored_when_nobody_else_is_left(losses):
     assert first.server == ("a" if losses == 1 else "b")
     d.disconnected("b", 0.1)
     assert sends(d.submit(2, 0, np.array([[0]]), None, False, 0.1))[0].server == "a"
+
+
+def test_a_row_that_kills_all_holders_is_remembered_until_one_is_back():
+    """It is held while nobody can serve it; the next server is the last one that it kills."""
+    d = dispatcher(routing=np.array([[[0, 1]] * EXPERTS] * LAYERS), servers="ab")
+    ids = np.zeros((4, 1), int)
+    d.submit(1, 0, ids, None, False, 0.0)
+    d.disconnected("a", 0.1)
+    (held,) = d.disconnected("b", 0.2)
+    assert (list(held.missing), list(held.deaths)) == ([0, 1, 2, 3], [2, 2, 2, 2])
+    d.connected("a", 2, 1000, 1000, 1.0)
+    d.connected("b", 2, 1000, 1000, 1.0)
+    d.disconnected("b", 1.0)
+    (x,) = sends(d.submit(2, 0, ids, held.missing, False, 1.0, held.deaths))
+    assert list(x.rows) == [0], "row by row"
+    (y,) = sends(d.replied(d.find("a", 2, x.seq, 1), 1.1))
+    assert list(y.rows) == [1]
+    *ended, done = d.disconnected("a", 1.2)
+    assert [list(i.rows) for i in ended if isinstance(i, Poisoned)] == [[1]]
+    assert (list(done.missing), list(done.deaths)) == ([2, 3], [2, 2])
+
+
+def test_connections_that_break_without_a_death_end_no_row_that_nobody_could_serve():
+    d = dispatcher(routing=np.array([[[0, 1]] * EXPERTS] * LAYERS), servers="ab")
+    d.submit(1, 0, np.array([[0]]), None, False, 0.0)
+    d.disconnected("b", 0.1)
+    held = d.disconnected("a", 0.1)[-1]
+    for work in range(2, 9):
+        d.connected("a", 1, 1000, 1000, float(work))
+        d.submit(work, 0, np.array([[0]]), held.missing, False, float(work), held.deaths)
+        (held,) = d.disconnected("a", work + 0.1)
+        assert isinstance(held, Complete) and list(held.missing) == [0]
