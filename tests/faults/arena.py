@@ -7,7 +7,7 @@ router-0 and of the coordinator; expert-1 and router-1 bind the same address at 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,9 @@ STREAMS, TOKENS = 4, 24
 ROUTERS = ("router-0", "router-1")
 MEMBERS = frozenset({*SERVERS, *ROUTERS, "gateway-0", "coordinator"})
 RELAYED = {"expert server": "expert-2", "router": "router-0", "coordinator": "coordinator"}
-FLAGS = ("--routers", "2", "--max-restart-delay-s", "0", "--rejoin-grace-s", "2", "--router-args", "--threads 1")
+BRISK = ("--max-restart-delay-s", "0", "--expert-server-args=--no-nice")
+"""Restarts without a delay, and at normal priority: beside other work on a small machine the low one is none at all."""
+FLAGS = (*BRISK, "--routers", "2", "--rejoin-grace-s", "2", "--router-args", "--threads 1")
 LAUNCHER = ("tests.faults.processes.launcher",)
 
 
@@ -98,7 +100,7 @@ class Arena:
 
 
 @contextmanager
-def arena(checkpoint: Path, directory: Path) -> Iterator[Arena]:
+def arena(checkpoint: Path, directory: Path, flags: Sequence[str] = FLAGS) -> Iterator[Arena]:
     """Start one; nothing of it is left at the end."""
     with ExitStack() as stack:
         short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mo-", dir="/tmp")))
@@ -117,5 +119,5 @@ def arena(checkpoint: Path, directory: Path) -> Iterator[Arena]:
         for server_id in MEMBERS - {"coordinator"}:
             hub.argv.setdefault(server_id, []).extend(["--join", f"tcp://127.0.0.1:{relay.port}"])
         environment = {HUB: hub.path, "PYTHONPATH": str(REPO), "XDG_RUNTIME_DIR": str(short)}
-        cluster = stack.enter_context(serving(checkpoint, directory, FLAGS, LAUNCHER, environment))
+        cluster = stack.enter_context(serving(checkpoint, directory, flags, LAUNCHER, environment))
         yield Arena(cluster, hub, relays, directory)

@@ -65,6 +65,7 @@ class Hub:
         self._peers: dict[str, Peer] = {}
         self._gates: dict[int, Gate] = {}
         self._at_start: dict[str, list[Gate]] = defaultdict(list)
+        self._always: dict[str, Gate] = {}
         self._holds: dict[str, Hold] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -87,6 +88,19 @@ class Hub:
         with self._lock:
             self._at_start[server_id].append(gate)
         return gate
+
+    def arm_always(self, server_id: str, point: str, action: str, **fields: Any) -> Gate:
+        """Arm a fault in the running process, and in each that starts after it under this id."""
+        gate = self.arm(server_id, point, action, **fields)
+        self._always[server_id] = gate
+        return gate
+
+    def disarm_always(self) -> None:
+        """The next processes are spared; those that run are, too."""
+        gates = list(self._always.values())
+        self._always.clear()
+        for gate in gates:
+            gate.release()
 
     def hold_start(self, server_id: str) -> Hold:
         """Keep the next process of this id from starting until the hold is released."""
@@ -128,6 +142,7 @@ class Hub:
             hold.released.wait()
         with self._lock:
             gates = self._at_start.pop(peer.server_id, [])
+            gates += [self._always[peer.server_id]] if peer.server_id in self._always else []
             self._peers[peer.server_id] = peer
         for gate in gates:
             gate.peer = peer

@@ -59,6 +59,7 @@ def spare(arena: Arena, who: str) -> Iterator[Spare]:
     argv = [sys.executable, "-m", f"tests.faults.processes.{KINDS[who]}", "--checkpoint", str(checkpoint)]
     argv += ["--id", server_id]
     argv += ["--port", str(free_port())] if who == "gateway" else ["--bind", "tcp://127.0.0.1:*"]
+    argv += ["--no-nice"] if who == "expert server" else []
     env = os.environ | {HUB: arena.hub.path, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     with (
         closing(Relay(lambda: arena.coordinator.removeprefix("ipc://"))) as relay,

@@ -70,6 +70,10 @@ class Agent:
             np.empty(1 << 60, np.uint8)  # raises what an allocation that fails raises
         return fault
 
+    def wants(self, point: str) -> bool:
+        """Whether anything is armed there: facts that cost something are gathered only then."""
+        return point in self._armed
+
     def _due(self, point: str, facts: dict[str, Any]) -> Fault | None:
         with self._lock:
             for fault in self._armed.get(point, ()):

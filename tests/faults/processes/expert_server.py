@@ -1,11 +1,12 @@
 """`python -m expert_server` with a fault agent.
 
 Points: *joining* before it registers, *loading* before each expert it reads, *received* with a dispatch in hand that is
-not computed, *replying* with a reply in hand that is not sent.
+not computed, *row* for each row of its first layer, *replying* with a reply in hand that is not sent.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
@@ -49,6 +50,9 @@ def _answer(agent: Agent, go: Any, service: Any, group: Any) -> None:
     routers = [r.message.router for r in group.requests]
     for router in routers:
         agent.hit("seen", router=router)
+    if agent.wants("row"):
+        for row in (row for r in group.requests if r.message.layer == 0 for row in r.hidden):
+            agent.hit("row", digest=hashlib.sha256(row.tobytes()).hexdigest())
     fault = agent.hit("received", **service.fault_facts)
     service.slow = fault is not None and fault.action == "slow"
     go(group)
