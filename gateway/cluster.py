@@ -32,7 +32,7 @@ class Cluster:
         """The JSON of `moering status`; `own` is this process as it sees itself, now."""
         view = self.view
         members = [] if view is None else view.members
-        others = [m for m in members if (m.kind, m.server_id) != (own.kind, own.server_id)]
+        others = [m for m in members if m.kind != "launcher" and (m.kind, m.server_id) != (own.kind, own.server_id)]
         return {
             "epoch": 0 if view is None else view.epoch,
             "processes": [_process(m) | {"passed_over": passed_over.get(m.server_id, {})} for m in [own, *others]],

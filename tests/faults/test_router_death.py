@@ -20,7 +20,7 @@ from tests.integration.cluster import REPO, SERVERS, Cluster, free_port, metrics
 from tests.integration.streams import Stream, Streams, bodies, check_equal
 
 STREAMS, TOKENS, FAULT_AT = 8, 120, 30
-WAITS = "no live replica for rows"
+WAITS = "router.parking: layer 0: no live replica for rows"
 
 
 class Pair:
@@ -102,6 +102,7 @@ def test_a_router_dies_in_prefill(pair: Pair) -> None:
     killed: list[dict[str, Any]] = []
 
     def submit() -> Streams:
+        wait_for("both routers are in use", lambda: all(_in_use(cluster, r) for r in ("router-0", "router-1")))
         waited = cluster.logged(WAITS)
         cluster.kill(*SERVERS, number=signal.SIGSTOP)
         streams = Streams(cluster.url, requests)
@@ -178,6 +179,13 @@ def second_gateway(cluster: Cluster, directory: Path) -> Iterator[tuple[str, sub
     finally:
         process.kill()
         process.wait()
+
+
+def _in_use(cluster: Cluster, router: str) -> bool:
+    """The gateway is connected to this incarnation of the router, and the router to all expert servers."""
+    _, online, since = cluster.log.read_text(errors="replace").rpartition(f"{router} __main__: online at")
+    met = [f"connected to router {router}", *(f"{router} router.exchange: connected to {s}" for s in SERVERS)]
+    return bool(online) and all(text in since for text in met)
 
 
 def _serves_with_two_routers(url: str) -> bool:
