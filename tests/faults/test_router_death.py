@@ -60,6 +60,8 @@ def shared_pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def pair(shared_pair: Pair) -> Pair:
     """Whole again after whatever the test before did."""
     shared_pair.cluster.wait_settled()
+    routers = ("router-0", "router-1")
+    wait_for("both routers are in use", lambda: all(_in_use(shared_pair.cluster, r) for r in routers))
     return shared_pair
 
 
@@ -102,7 +104,6 @@ def test_a_router_dies_in_prefill(pair: Pair) -> None:
     killed: list[dict[str, Any]] = []
 
     def submit() -> Streams:
-        wait_for("both routers are in use", lambda: all(_in_use(cluster, r) for r in ("router-0", "router-1")))
         waited = cluster.logged(WAITS)
         cluster.kill(*SERVERS, number=signal.SIGSTOP)
         streams = Streams(cluster.url, requests)
