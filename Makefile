@@ -39,7 +39,7 @@ simulate: $(DEV_STAMP) ## random fault schedules on virtual time: make simulate 
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
 
 fault-matrix: $(DEV_STAMP) ## every cell of docs/fault-matrix.md against real processes
-	$(BIN)/python -m pytest tests/faults/test_cells.py --fault-cells all $(ARGS)
+	$(BIN)/python -m pytest tests/faults/test_cells.py --fault-cells all --junitxml build/fault-matrix.xml -o junit_family=xunit1 $(ARGS)
 
 soak: $(DEV_STAMP) ## 200 cycles of kill and rejoin; nothing may grow
 	$(BIN)/python -m tests.faults.soak $(or $(CYCLES),200)

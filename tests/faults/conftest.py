@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.faults import matrix, subset
+from tests.faults import matrix, subset, summary
 from tests.faults.scenario import Scenario
 from tests.integration.cluster import Cluster, serving
 from tests.tiny import write_checkpoint
@@ -24,6 +25,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     else:
         cells = [c for c in matrix.RUN if wanted == "all" or wanted in c.name]
     metafunc.parametrize("cell", cells, ids=[c.name for c in cells])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--fault-cells", default="subset") != "subset":
+        reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ())]
+        terminalreporter.write_line(summary.text(reports))
 
 
 @pytest.fixture(scope="session")

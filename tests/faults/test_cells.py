@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 from tests.faults import cells
 from tests.faults.arena import Arena, arena
 from tests.faults.matrix import Cell
+from tests.faults.summary import CELL, GAP_S
 
 
 class Arenas:
@@ -38,9 +39,10 @@ def arenas(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     found.close()
 
 
-def test_cell(arenas: Arenas, cell: Cell) -> None:
+def test_cell(arenas: Arenas, cell: Cell, record_property: Callable[[str, object], None]) -> None:
+    record_property(CELL, cell)
     try:
-        cells.run(arenas.get(), cell)
+        record_property(GAP_S, cells.run(arenas.get(), cell))
     except BaseException:
         arenas.close()
         raise
