@@ -187,7 +187,7 @@ def _in_use(cluster: Cluster, router: str) -> bool:
     """The gateway is connected to this incarnation of the router, and the router to all expert servers."""
     _, online, since = cluster.log.read_text(errors="replace").rpartition(f"{router} __main__: online at")
     met = [f"connected to router {router}", *(f"{router} router.exchange: connected to {s}" for s in SERVERS)]
-    return bool(online) and all(text in since for text in met)
+    return bool(online) and all(text in since for text in met) and f"router {router} was lost" not in since
 
 
 def _serves_with_two_routers(url: str) -> bool:
