@@ -24,7 +24,7 @@ class Connection:
         self.server_id, self.incarnation = server.server_id, server.incarnation
         self.key = server.server_id, server.incarnation
         self.welcomed, self.open = False, True
-        self._router = hello.incarnation
+        self._router, self._hidden_size = hello.incarnation, hidden_size
         self._shared = SharedRows.create(hidden_size) if transport.is_local(server.address) else None
         self._free_slots: list[int] = []  # none before the server has accepted the segment
         self._slot_of: dict[int, int] = {}  # by seq, until the answer is here
@@ -50,11 +50,16 @@ class Connection:
         poller.unregister(self.watch)
 
     def welcome(self, message: Welcome) -> None:
-        """The server takes dispatches, and rows in shared memory if it could open the segment."""
+        """The server takes dispatches, and rows in shared memory if it could open the segment. Only the first counts:
+        slots may be in use when another one comes."""
+        if self.welcomed:
+            return
         self.welcomed = True
-        if self._shared is not None:
+        if self._shared is not None and message.shared_rows:
             self._shared.withdraw()
-            self._free_slots = list(range(SLOTS)) if message.shared_rows else []
+            self._free_slots = list(range(SLOTS))
+        else:
+            self._drop_segment()
 
     def lost(self) -> bool:
         """Whether the watch has anything to say: all that it watches for means that this connection is over."""
@@ -90,12 +95,14 @@ class Connection:
     def rows_of(self, reply: Reply, slot: int, tensor: memoryview | None) -> np.ndarray:
         """The rows of a reply to a dispatch in `slot`, float32 [rows, hidden_size], good until the next `send`.
 
-        Raises `ProtocolError` where they are not where they should be.
+        Raises `ProtocolError` where they are not what or where they should be.
         """
+        if reply.dtype != "float32" or reply.columns != self._hidden_size:
+            raise ProtocolError(f"{reply.dtype} rows of {reply.columns}")
         if tensor is not None:
             return np.frombuffer(tensor, "<f4").reshape(reply.rows, reply.columns)
         if self._shared is None or reply.slot != slot or not self._shared.fits(reply.rows, reply.columns):
-            raise ProtocolError(f"{reply.rows} rows of {reply.columns} in slot {reply.slot}, not in slot {slot}")
+            raise ProtocolError(f"{reply.rows} rows in slot {reply.slot}, not in slot {slot}")
         return self._shared.answered[slot][: reply.rows]
 
     def close(self) -> None:
@@ -104,5 +111,9 @@ class Connection:
         self.socket.disable_monitor()
         self.watch.close()
         self.socket.close()
+        self._drop_segment()
+
+    def _drop_segment(self) -> None:
         if self._shared is not None:
             self._shared.withdraw()
+            self._shared = None

@@ -225,22 +225,19 @@ class Exchange:
 
     def _put(self, connection: Connection, reply: Reply, tensor: memoryview | None) -> None:
         """Write the rows of a reply to the slots it answers."""
+        slot = connection.answered(reply.seq)
         try:
             d = self.dispatcher.find(connection.server_id, reply.incarnation, reply.seq, reply.rows)
-            slot = connection.answered(reply.seq)
-            rows = None if d is None else connection.rows_of(reply, slot, tensor)
+            if d is None:
+                return
+            rows = connection.rows_of(reply, slot, tensor)
         except ProtocolError as e:
             self._lose(connection, f"a bad reply ({e})", REFUSED_RETRY_S)
-            return
-        if d is None or rows is None:
             return
         if not d.wanted:
             self._do(self.dispatcher.replied(d, self._clock()))
             return
         _, _, output = self._micro_batches[d.work].expert_arrays()
-        if reply.dtype != "float32" or rows.shape[1] != output.shape[1]:
-            self._lose(connection, f"a reply of {reply.dtype} {rows.shape}", REFUSED_RETRY_S)
-            return
         if d.open is None:
             output[d.slots] = rows
         else:  # another replica was faster with some of them

@@ -10,7 +10,8 @@ import zmq
 
 from expert_server.residency import Residency
 from expert_server.service import Service
-from moering import transport
+from moering import protocol, transport
+from moering.expert_frames import INLINE, ITEM_BYTES, Reply
 from moering.protocol import Hello, MemberInfo, View
 from moering.shared_rows import SLOTS, SharedRows
 from router.exchange import HANDSHAKE_S, Exchange
@@ -203,10 +204,51 @@ def test_a_server_that_dies_between_receive_and_reply_loses_nothing(harness, ser
     assert counters.rows_resent == counters.rows_lost == sum(len(d.rows) for d in outstanding) > 0
 
 
-def harness_welcome(server, identity):
-    from moering import protocol
+@pytest.mark.parametrize("change", [{"dtype": "float16"}, {"columns": HIDDEN - 1}, {"slot": 0}])
+def test_a_reply_of_other_rows_costs_its_server_the_connection_and_nothing_else(harness, servers, change):
+    a, b = servers
+    b.serve()
+    harness.view(a, b)
+    harness.connected(b)
+    harness.until(lambda: a.socket.poll(0))
+    identity, _ = a.socket.recv_multipart()
+    harness_welcome(a, identity)  # without shared memory
+    harness.connected(a)
+    rows = Rows(IDS)
+    harness.exchange.submit(rows)
+    assert a.socket.poll(10_000), "nothing was sent to the one that answers wrongly"
+    header = a.socket.recv_multipart()[1]
+    dispatch, _ = protocol.decode([header, bytes(4 * HIDDEN * len(rows.hidden))])
+    pairs = len(dispatch.pairs) // 4
+    reply = Reply(dispatch.router, dispatch.seq, 1, 0, "float32", pairs, HIDDEN)._replace(**change)
+    tensor = [bytes(pairs * reply.columns * ITEM_BYTES[reply.dtype])] if reply.slot == INLINE else []
+    a.socket.send_multipart([identity, protocol.encode(reply), *tensor])
+    assert len(harness.finish().missing) == 0
+    assert (rows.output == rows.expected()).all()
+    assert harness.exchange.dispatcher.counters.servers_lost == 1
 
-    welcome = protocol.Welcome(server.name, server.incarnation, 100, 100)
+
+def test_a_second_welcome_gives_out_no_slot_twice(harness, servers):
+    a, _ = servers
+    harness.view(a)
+    harness.until(lambda: a.socket.poll(0))
+    identity, hello = a.socket.recv_multipart()
+    segment = SharedRows.open(protocol.decode([hello])[0].shared_rows, HIDDEN)
+    harness_welcome(a, identity, shared=True)
+    harness.connected(a)
+    slots = []
+    for work in range(2):
+        harness.exchange.submit(Rows(IDS, layer=work))
+        header = a.socket.recv_multipart()[1]
+        slots.append(protocol.decode([header])[0].slot)
+        harness_welcome(a, identity, shared=True)
+        harness.exchange.handle(harness.poller.poll(10_000))
+    assert segment is not None
+    assert len(set(slots)) == 2
+
+
+def harness_welcome(server, identity, shared=False):
+    welcome = protocol.Welcome(server.name, server.incarnation, 100, 100, shared)
     server.socket.send_multipart([identity, protocol.encode(welcome)])
 
 
