@@ -21,17 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-import zmq
-
 from bench.cluster import serving
 from bench.command import checkpoint_path
-from moering import protocol, transport
+from bench.engine_client import EngineClient, router_address
 from moering.config import option, parse
 from moering.errors import ConfigError, MoeringError
-from moering.protocol import Failed, Hello, Sampling, Submit, Tokens
-
-ANSWER_S = 300
 
 
 @dataclass(frozen=True)
@@ -47,38 +41,19 @@ class Config:
     json: str = option("", "file for the figures")
 
 
-class Client:
-    """A gateway's end of the protocol."""
-
-    def __init__(self, address: str) -> None:
-        self._socket = transport.make_socket(zmq.DEALER)
-        self._socket.rcvtimeo = ANSWER_S * 1000
-        transport.connect(self._socket, address)
-        self._socket.send(protocol.encode(Hello("gateway", "bench", time.time_ns(), "", "")))
-        self._runs = 0
-
-    def tokens_per_s(self, streams: int, tokens: int) -> float:
-        """Decode speed of `streams` equal requests: tokens after the first of each, by the time since then."""
-        self._runs += 1
-        for i in range(streams):
-            prompt = [1, 4, 100 + i, *range(200, 216)]
-            message = Submit(f"{self._runs}-{i}", 0, prompt, [], Sampling(max_tokens=tokens, temperature=0.0), ANSWER_S)
-            self._socket.send(protocol.encode(message))
-        got, ended, started_s = 0, 0, 0.0
-        first: set[str] = set()
-        while ended < streams:
-            message_in, _ = protocol.decode(self._socket.recv_multipart())
-            if isinstance(message_in, Failed):
-                raise MoeringError(f"a request failed: {message_in.message}")
-            if not isinstance(message_in, Tokens):
-                continue
-            for t in message_in.tokens:
-                got += len(first) == streams
-                first.add(t.request_id)
-                ended += t.finish_reason is not None
-            if len(first) == streams and not started_s:
-                started_s, got = time.perf_counter(), 0
-        return got / (time.perf_counter() - started_s)
+def tokens_per_s(client: EngineClient, streams: int, tokens: int) -> float:
+    """Decode speed of `streams` equal requests: tokens after the first of each, by the time since then."""
+    client.ask([[1, 4, 100 + i, *range(200, 216)] for i in range(streams)], tokens)
+    got, ended, started_s = 0, 0, 0.0
+    first: set[int] = set()
+    while ended < streams:
+        for index, t in client.answers():
+            got += len(first) == streams
+            first.add(index)
+            ended += t.finish_reason is not None
+        if len(first) == streams and not started_s:
+            started_s, got = time.perf_counter(), 0
+    return got / (time.perf_counter() - started_s)
 
 
 @contextlib.contextmanager
@@ -102,26 +77,26 @@ async def run(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         async with serving(config.model, directory / "cluster.log", config.serve_flags, 600.0) as url:
-            router, checkpoint = await _router(url), str(checkpoint_path(config.model))
+            router, checkpoint = await router_address(url), str(checkpoint_path(config.model))
             with contextlib.ExitStack() as stack:
                 addresses = {"cluster": router}
                 for n in config.threads:
                     addresses[f"in process, {n} threads"] = stack.enter_context(
                         in_process(checkpoint, int(n), directory)
                     )
-                clients = {variant: Client(address) for variant, address in addresses.items()}
+                clients = {variant: EngineClient(address) for variant, address in addresses.items()}
                 return await asyncio.to_thread(_rounds, config, clients)
 
 
-def _rounds(config: Config, clients: dict[str, Client]) -> dict[str, Any]:
+def _rounds(config: Config, clients: dict[str, EngineClient]) -> dict[str, Any]:
     streams = [int(n) for n in config.streams]
     for client in clients.values():  # warm up
-        client.tokens_per_s(2, 8)
+        tokens_per_s(client, 2, 8)
     figures: dict[str, dict[int, list[float]]] = {v: {n: [] for n in streams} for v in clients}
     for r in range(config.rounds):
         for n in streams:
             for variant, client in clients.items():
-                figures[variant][n].append(client.tokens_per_s(n, config.tokens))
+                figures[variant][n].append(tokens_per_s(client, n, config.tokens))
         print(f"round {r + 1} of {config.rounds}", file=sys.stderr)
     return {"tokens_per_s": figures, "ratio": {n: _ratio(figures, n) for n in streams}}
 
@@ -142,12 +117,6 @@ def table(result: dict[str, Any]) -> str:
         speeds = " | ".join(f"{statistics.median(f[n]):.1f}" for f in figures.values())
         lines.append(f"| {n} | {speeds} | {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) |")
     return "\n".join(lines)
-
-
-async def _router(url: str) -> str:
-    async with aiohttp.ClientSession() as session, session.get(url + "/admin/status") as response:
-        processes = (await response.json())["processes"]
-    return next(str(p["address"]) for p in processes if p["kind"] == "router")
 
 
 def main() -> int:

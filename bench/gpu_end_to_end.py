@@ -30,12 +30,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import aiohttp
-
 from bench import faults
 from bench.cluster import serving
 from bench.command import Figures, run_bench, verdict
-from bench.engine_client import Answers, EngineClient
+from bench.engine_client import Answers, EngineClient, router_address
 from bench.fault_report import report
 from bench.generators import Prompts, Transformers, Variant, transformers
 from bench.random_checkpoint import Shape, write
@@ -223,7 +221,7 @@ async def _cluster(config: Config, checkpoint: Checkpoint, prompts: Prompts, eng
     started_s = time.perf_counter()
     async with serving(str(checkpoint.path), out / "cluster.log", flags, READY_S) as url:
         ready_s = time.perf_counter() - started_s
-        client = EngineClient(await _router(url))
+        client = EngineClient(await router_address(url))
         await asyncio.to_thread(client.generate, prompts[:8], 8)
         calm = await asyncio.to_thread(client.generate, prompts, config.tokens, True)
         equal = sum(a == b for a, b in zip(chain(*calm.digests), chain(*engine.digests), strict=True))
@@ -242,12 +240,6 @@ async def _faults(config: Config, url: str, vocab: int) -> dict[str, Any]:
         output_tokens=str(config.tokens), vocab_size=vocab, restore_timeout=150.0, out=config.out,
     )  # fmt: skip
     return report(await faults.run(fault_config))
-
-
-async def _router(url: str) -> str:
-    async with aiohttp.ClientSession() as session, session.get(url + "/admin/status") as response:
-        processes = (await response.json())["processes"]
-    return next(str(p["address"]) for p in processes if p["kind"] == "router")
 
 
 def _loading(log: Path, expert_bytes: int) -> list[dict[str, float]]:

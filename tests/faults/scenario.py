@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tests.integration.cluster import Cluster
 from tests.integration.streams import Stream, Streams, bodies, check_equal
@@ -25,10 +26,7 @@ class Scenario:
 
     def through(self, fault: Callable[[Streams], None]) -> list[Stream]:
         """Run all streams, call `fault` in their middle, and check that nobody can tell by what he got."""
-        streams = Streams(self.cluster.url, self.bodies)
-        streams.wait_tokens(FAULT_AT)
-        fault(streams)
-        seen = streams.finish()
+        seen = in_the_middle(self.cluster, self.bodies, FAULT_AT, fault)
         check_equal(seen, self.reference)
         return seen
 
@@ -42,3 +40,13 @@ class Scenario:
         assert grown["rows_resent"] == grown["rows_lost"]
         assert grown["forwards_dropped"] == grown["tokens_recomputed"] == grown["preemptions"] == 0
         return seen
+
+
+def in_the_middle(
+    cluster: Cluster, bodies: list[dict[str, Any]], tokens: int, fault: Callable[[Streams], None]
+) -> list[Stream]:
+    """Run all streams to their ends, and call `fault` when each has so many tokens."""
+    streams = Streams(cluster.url, bodies)
+    streams.wait_tokens(tokens)
+    fault(streams)
+    return streams.finish()

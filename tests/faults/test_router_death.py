@@ -16,6 +16,7 @@ import pytest
 from gateway.router_link import HEARTBEAT
 from moering.http_client import HttpError, get_json
 from tests.faults.requests import check_whole, varied, whole
+from tests.faults.scenario import in_the_middle
 from tests.integration.cluster import REPO, SERVERS, Cluster, free_port, metrics, serving, wait_for
 from tests.integration.streams import Stream, Streams, bodies, check_equal
 
@@ -42,10 +43,7 @@ class Pair:
 
     def through(self, fault: Callable[[Streams], None]) -> list[Stream]:
         """Run all streams, call `fault` in their middle, and check that nobody can tell by what he got."""
-        streams = Streams(self.cluster.url, self.bodies)
-        streams.wait_tokens(FAULT_AT)
-        fault(streams)
-        seen = streams.finish()
+        seen = in_the_middle(self.cluster, self.bodies, FAULT_AT, fault)
         check_whole(seen, self.reference)
         return seen
 
