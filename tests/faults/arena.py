@@ -59,12 +59,11 @@ class Arena:
     # --- what status shows ---
 
     def processes(self) -> dict[str, dict[str, Any]]:
-        """All that are not OFFLINE, by id, but the launcher; empty while no gateway answers."""
+        """All that are not OFFLINE, by id; empty while no gateway answers."""
         try:
-            listed = self.cluster.status()["processes"]
+            return {p["id"]: p for p in self.cluster.status()["processes"] if p["state"] != "OFFLINE"}
         except MoeringError:
             return {}
-        return {p["id"]: p for p in listed if p["state"] != "OFFLINE" and p["kind"] != "launcher"}
 
     def process(self, server_id: str) -> dict[str, Any]:
         """One of them, once it is there."""
@@ -95,7 +94,7 @@ class Arena:
             status = self.cluster.status()
         except MoeringError:
             return False
-        online = {p["id"] for p in status["processes"] if p["state"] == "ONLINE" and p["kind"] != "launcher"}
+        online = {p["id"] for p in status["processes"] if p["state"] == "ONLINE"}
         return online == MEMBERS and status["failures_survivable"] == 1
 
 
