@@ -15,6 +15,9 @@ from moering.supervisor import Command
 if TYPE_CHECKING:
     from moering.launcher import Config
 
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+"""A process that sees one GPU alone calls it `cuda`, whichever it is."""
+
 
 def coordinator_address(run_directory: Path) -> str:
     """Where a single coordinator is reached, now and after a restart."""
@@ -30,6 +33,13 @@ class Commands:
         self._config, self._checkpoint, self._run_directory, self._http_fd = config, checkpoint, run_directory, http_fd
         self._device = [] if config.device == "cpu" else ["--device", config.device]
         self._elected = config.membership != EMBEDDED
+        gpus, routers = config.gpus, config.routers
+        # with GPUs for all, routers and expert servers have none in common
+        apart = len(gpus) > routers
+        self._gpus = {
+            "router": gpus[:routers] if apart else gpus,
+            "expert-server": gpus[routers:] if apart else gpus,
+        }
         address = coordinator_address(run_directory)
         self._join = ["--membership", config.membership] if self._elected else ["--join", address]
 
@@ -52,10 +62,10 @@ class Commands:
     def _expert_server(self, number: int) -> Command:
         config = self._config
         flags = [*self._device, *config.zone_flags(number)]
-        return self._member("expert-server", f"expert-{number}", flags, config.expert_server_args)
+        return self._member("expert-server", f"expert-{number}", flags, config.expert_server_args, number)
 
     def _router(self, number: int) -> Command:
-        return self._member("router", f"router-{number}", self._device, self._config.router_args)
+        return self._member("router", f"router-{number}", self._device, self._config.router_args, number)
 
     def _gateway(self, number: int) -> Command:
         config = self._config
@@ -65,7 +75,7 @@ class Commands:
         http += [] if self._http_fd is None else ["--listen-fd", str(self._http_fd)]
         return self._member("gateway", f"gateway-{number}", http, config.gateway_args)
 
-    def _member(self, kind: str, name: str, flags: Sequence[str], extra: str) -> Command:
+    def _member(self, kind: str, name: str, flags: Sequence[str], extra: str, number: int = 0) -> Command:
         server_id, read = self._config.prefix + name, ["--checkpoint", str(self._checkpoint)]
 
         def argv(start: int) -> list[str]:
@@ -73,7 +83,9 @@ class Commands:
             return [*command_line(kind), *read, *self._join, "--id", server_id, *at, *flags, *shlex.split(extra)]
 
         inherits = kind == "gateway" and self._http_fd is not None
-        return Command(server_id, kind, argv, (self._http_fd,) if inherits and self._http_fd is not None else ())
+        fds = (self._http_fd,) if inherits and self._http_fd is not None else ()
+        gpus = self._gpus.get(kind, ())
+        return Command(server_id, kind, argv, fds, {VISIBLE_GPUS: gpus[number % len(gpus)]} if gpus else {})
 
     def _coordinator(self, start: int) -> list[str]:
         config = self._config

@@ -56,6 +56,9 @@ class Config:
     port: int = option(8000, "HTTP port")
     served_model_name: str = option("", "name in the API; `default` or the directory's name where not given")
     device: str = option("cpu", "where routers and expert servers compute", choices=("cpu", "cuda"))
+    gpus: tuple[str, ...] = option(
+        (), "with --device cuda: GPUs, as 0,1,2: routers get the first, expert servers the rest"
+    )
     coordinator_args: str = option("", "further flags of the coordinator, in one string")
     expert_server_args: str = option("", "further flags of each expert server")
     router_args: str = option("", "further flags of each router")
@@ -69,6 +72,8 @@ class Config:
             raise ConfigError("at least one expert server and one router are needed")
         if not 1 <= self.replication <= self.expert_servers and self.membership == EMBEDDED:
             raise ConfigError(f"replication {self.replication} is not in 1..{self.expert_servers} (--expert-servers)")
+        if self.gpus and self.device == "cpu":
+            raise ConfigError("--gpus needs --device cuda")
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"port {self.port} is not in 1..65535")
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moering.errors import MoeringError
@@ -38,6 +38,7 @@ class Command:
     kind: str
     argv: Callable[[int], Sequence[str]]
     fds: tuple[int, ...] = ()  # file descriptors that the process inherits
+    env: Mapping[str, str] = field(default_factory=dict)  # in addition to the launcher's own
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,12 @@ class Supervisor:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**os.environ, LAUNCHER_FD: str(self._launcher_fd), LAUNCHER_PID: str(os.getpid())},
+            env={
+                **os.environ,
+                **child.command.env,
+                LAUNCHER_FD: str(self._launcher_fd),
+                LAUNCHER_PID: str(os.getpid()),
+            },
             pass_fds=[self._launcher_fd, *child.command.fds],
             process_group=0,
         )

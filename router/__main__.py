@@ -154,7 +154,7 @@ def build_engine(
     prefixes = PrefixCache(parts.block_size, parts.copy_block, config.prefix_caching)
     scheduler = Scheduler(
         BlockManager(parts.num_blocks, prefixes, span), prefixes, config.max_num_seqs, config.max_num_batched_tokens,
-        parts.block_size, limit, StepCost(), model.vocab_size,
+        parts.block_size, limit, StepCost(), model.vocab_size, config.micro_batches,
     )  # fmt: skip
     return Engine(
         parts.decoder, scheduler, exchange, frontend, poller, sampler=parts.sampler, threads=config.threads,

@@ -31,7 +31,7 @@ from router.kv_cache_cuda import KVCache
 from router.micro_batch_cuda import MicroBatch
 from router.model_config import MoEModelConfig
 
-GRAPH_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+GRAPH_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WARM_UP_ROWS = (1, 2, 20, 40, 70, 600)  # at least one for each tiling of the linear layers
 
 

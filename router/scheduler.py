@@ -22,6 +22,7 @@ from router.step_cost import MIN_PREFILL_TOKENS, StepCost
 
 logger = logging.getLogger(__name__)
 
+MIN_MICRO_BATCH = 8  # decodes; fewer are not split, as every step has a price of its own
 PREFILL_LANES = 2  # prompts that share the budget when they do not all fit in it
 
 
@@ -79,6 +80,7 @@ class Scheduler:
         max_model_len: int,
         cost: StepCost,
         vocab_size: int,
+        micro_batches: int = 1,
     ) -> None:
         self.waiting: list[Sequence] = []  # both by arrival
         self.running: list[Sequence] = []
@@ -92,7 +94,7 @@ class Scheduler:
         self._block_size = block_size
         # One sequence may have the whole cache, so the oldest can always go on: no deadlock.
         self._max_model_len = min(max_model_len, self._num_blocks * block_size)
-        self._vocab_size = vocab_size
+        self._vocab_size, self._micro_batches = vocab_size, micro_batches
         self._alive: dict[tuple[str, int], Sequence] = {}
         self._arrivals = 0
 
@@ -170,8 +172,12 @@ class Scheduler:
         return reason
 
     def _decodes(self) -> list[ScheduledChunk]:
-        items = []
+        items: list[ScheduledChunk] = []
+        # An equal share for each micro-batch: the first one would take all, and the others find nothing to do.
+        most = max(-(-sum(s.decodes for s in self.running) // self._micro_batches), MIN_MICRO_BATCH)
         for sequence in list(self.running):  # a copy: making room for one may preempt later ones
+            if len(items) == most:
+                break
             ready = sequence.status is Status.RUNNING and not sequence.in_flight and sequence.decodes
             if ready and self._make_room(sequence):
                 items.append(_chunk(sequence, 1))

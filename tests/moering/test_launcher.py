@@ -127,6 +127,30 @@ def test_expert_servers_are_put_into_the_zones_in_turn() -> None:
     assert [argv(config, f"expert-{i}")[-2:] for i in range(3)] == [["--zone", z] for z in "aba"]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "routers", "expected"),
+    [
+        ("0,1,2", 1, {"router-0": "0", "expert-0": "1", "expert-1": "2", "expert-2": "1"}),
+        ("4,5,6", 2, {"router-0": "4", "router-1": "5", "expert-0": "6", "expert-1": "6", "expert-2": "6"}),
+        ("0", 1, {"router-0": "0", "expert-0": "0", "expert-1": "0", "expert-2": "0"}),
+        ("", 1, {}),
+    ],
+)
+def test_routers_get_the_first_gpus_and_expert_servers_the_rest(
+    gpus: str, routers: int, expected: dict[str, str]
+) -> None:
+    config = Config(device="cuda", gpus=tuple(filter(None, gpus.split(","))), routers=routers, expert_servers=3)
+    commands = Commands(config, Path("/models/m"), Path("/run/r"))
+    assert {c.id: c.env["CUDA_VISIBLE_DEVICES"] for c in commands.initial() if c.env} == expected
+    joined = commands.make("expert-4", "expert-server")  # as scaling makes them
+    assert joined is not None and bool(joined.env) == bool(gpus)
+
+
+def test_gpus_without_cuda_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--device cuda"):
+        Config(gpus=("0",))
+
+
 def test_where_coordinators_are_elected_each_machine_has_one_and_ids_of_its_own() -> None:
     config = Config(membership="etcd://h:1", machine="m", listen="10.0.0.5", insecure=True, expert_servers=1)
     ids = [c.id for c in Commands(config, Path("/models/m"), Path("/run/r")).initial()]

@@ -44,11 +44,12 @@ def next_token(tokens):
 class Engine:
     """The engine's loop around a scheduler; its forward writes and reads a cache by block table."""
 
-    def __init__(self, blocks=100, seqs=8, batched=16, max_len=60, cost=None):
+    def __init__(self, blocks=100, seqs=8, batched=16, max_len=60, cost=None, micro_batches=1):
         self.cache = {}  # (block, offset) -> token
         self.prefixes = PrefixCache(BLOCK, self._copy)
         self.blocks = FakeBlocks(blocks, self.prefixes)
-        self.scheduler = Scheduler(self.blocks, self.prefixes, seqs, batched, BLOCK, max_len, cost or StepCost(), VOCAB)
+        limits = (seqs, batched, BLOCK, max_len)
+        self.scheduler = Scheduler(self.blocks, self.prefixes, *limits, cost or StepCost(), VOCAB, micro_batches)
         self.computed = 0  # rows of all forwards
         self.flying = []  # (batch, tokens) whose forward has not ended
 

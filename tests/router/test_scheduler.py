@@ -26,6 +26,21 @@ def test_a_prompt_is_prefilled_in_chunks_then_decodes_and_finishes():
     assert engine.blocks.free_blocks == 100
 
 
+@pytest.mark.parametrize(("streams", "expected"), [(6, [6]), (20, [10, 10]), (21, [11, 10])])
+def test_micro_batches_share_the_decodes_equally(streams, expected):
+    engine = Engine(seqs=32, batched=100, micro_batches=2)
+    for _ in range(streams):
+        engine.add(prompt=2, max_tokens=4)
+    engine.start()
+    engine.end()  # all prompts at once
+    for _ in range(2):  # and so it stays
+        batches = [engine.start() for _ in expected]
+        assert engine.start() is None
+        assert [len(b.items) for b in batches] == expected
+        for _ in expected:
+            engine.end()
+
+
 def test_several_prompts_share_a_step_and_decodes_come_first():
     engine = Engine(batched=16)
     first, second = engine.add(prompt=5), engine.add(prompt=6)
