@@ -82,9 +82,9 @@ class Journal:
         record.emitted.append(token.token_id)
         record.fruitless = 0
         self.taken_tokens += 1
+        record.sink(token)  # before the end: a record whose sink fails can still be ended with an error
         if token.finish_reason is not None:
             self.close(record)
-        record.sink(token)
         return record if record.finished else None
 
     def take_failed(self, failed: Failed) -> Record | None:

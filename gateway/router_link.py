@@ -70,6 +70,11 @@ class RouterLink:
         """Outstanding work: choices, and a little more for many tokens that are still to be computed."""
         return self.others_load + sum(1.0 + r.to_prefill / 1024 for r in self.records)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can come of it any more."""
+        return bool(self._socket.closed)
+
     def send(self, message: Any) -> bool:
         """Send without blocking. A router that takes nothing any more counts as lost."""
         if self.lost.done():
@@ -122,6 +127,15 @@ class RouterLink:
             self._handle(frames)
         self._loop.call_soon(self._read)
 
+    def _deliver(self, message: Any) -> None:
+        """A message that cannot be acted on is lost, and all that follows it is of no use: its requests go on over
+        another connection with what their clients have, rather than wait for it until their deadline."""
+        try:
+            self._on_message(self, message)
+        except Exception as e:
+            logger.exception("cannot act on a %s message of router %s", message.KIND, self.member.server_id)
+            self._fail(e)
+
     def _handle(self, frames: list[bytes]) -> None:
         try:
             message, _ = protocol.decode(frames)
@@ -133,7 +147,7 @@ class RouterLink:
             for_good = message.fatal and not self.welcomed
             self._fail(HandshakeError(text) if for_good else ConnectionError(text))
         elif not isinstance(message, Welcome):
-            self._on_message(self, message)
+            self._deliver(message)
         elif message.incarnation != self.member.incarnation:
             self._fail(ConnectionError(f"another incarnation answers there: {message.incarnation}"))
         elif not self.welcomed:

@@ -11,8 +11,11 @@ import asyncio
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
+
+import zmq
 
 from gateway.affinity import Affinity
 from gateway.journal import Journal, Record
@@ -20,7 +23,7 @@ from gateway.router_link import RouterLink
 from moering import transport
 from moering.errors import HandshakeError
 from moering.prefix import prefix_keys
-from moering.protocol import Abort, Failed, Hello, MemberInfo, RouterStats, Tokens
+from moering.protocol import Abort, Failed, Hello, MemberInfo, RouterStats, Token, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +63,9 @@ class RouterPool:
             self._drop(key)
         for key, member in self._members.items():
             if key not in self._keepers:
-                self._keepers[key] = asyncio.create_task(self._keep(key, member), name=f"router-{key[0]}")
+                keeper = asyncio.create_task(self._keep(key, member), name=f"router-{key[0]}")
+                keeper.add_done_callback(partial(self._kept, key))
+                self._keepers[key] = keeper
         self._submit_held()
 
     def router_counters(self) -> dict[str, float]:
@@ -184,9 +189,7 @@ class RouterPool:
     def _receive(self, link: RouterLink, message: Any) -> None:
         if isinstance(message, Tokens):
             for token in message.tokens:
-                ended = self._journal.take(token)
-                if ended is not None:
-                    self._forget(ended)
+                self._take(token)
         elif isinstance(message, Failed):
             ended = self._journal.take_failed(message)
             if ended is not None:
@@ -197,6 +200,25 @@ class RouterPool:
             link.others_load = max(0, int(outstanding) - len(link.records))
         else:
             logger.warning("dropped an unexpected %s message from a router", message.KIND)
+
+    def _take(self, token: Token) -> None:
+        try:
+            ended = self._journal.take(token)
+        except Exception:  # the record has the token, its client may not: neither to go on nor to wait is honest
+            logger.exception("cannot hand on a token of request %s", token.request_id)
+            self._fail_open(lambda r: r.request_id == token.request_id)
+            return
+        if ended is not None:
+            self._forget(ended)
+
+    def fail_stranded(self) -> None:
+        """End, after an error in this process, the records that nothing would ever end but their deadline."""
+        self._fail_open(lambda r: r not in self._held and (r not in self._routes or self._routes[r].closed))
+
+    def _fail_open(self, which: Callable[[Record], bool]) -> None:
+        for record in filter(which, self._journal.records()):
+            self._journal.fail(record, "internal", "an internal error of the gateway")
+            self._abort(record)
 
     # --- links -------------------------------------------------------------------------------------------------------
 
@@ -212,6 +234,16 @@ class RouterPool:
             logger.debug("router %s at %s: %s; again in %.2f s", member.server_id, member.address, reason, retry_s)
             await asyncio.sleep(retry_s)
 
+    def _kept(self, key: Key, keeper: asyncio.Task[None]) -> None:
+        """A keeper ends by an error only through a bug: the next view starts another one."""
+        if keeper.cancelled() or keeper.exception() is None:
+            return
+        logger.error("the connection to router %s cannot be kept", key[0], exc_info=keeper.exception())
+        if self._keepers.get(key) is keeper:
+            del self._keepers[key]
+            self._drop(key)
+        self.fail_stranded()
+
     async def _connect_once(self, key: Key, member: MemberInfo) -> tuple[Exception, bool]:
         """Hold one connection until it is lost: the reason, and whether it was ever usable."""
         loop = asyncio.get_running_loop()
@@ -220,7 +252,10 @@ class RouterPool:
         except (OSError, ValueError) as e:
             return e, False
         identity = f"{self._hello.server_id}/{self._hello.incarnation}/{next(self._sockets)}".encode()
-        link = RouterLink(member, address, identity, self._hello, self._on_ready, self._receive)
+        try:
+            link = RouterLink(member, address, identity, self._hello, self._on_ready, self._receive)
+        except zmq.ZMQError as e:  # for example too many open files
+            return e, False
         self._links[key] = link
         reason = await link.lost
         self._drop(key)

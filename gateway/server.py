@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -56,6 +57,7 @@ async def serve(config: Config) -> int:
 async def started(config: Config, model: Model, listener: socket.socket) -> AsyncIterator[Services]:
     """All but HTTP and membership: the pool of routers and the background tasks."""
     services = make_services(config, model, _own(config, listener.getsockname()[1]))
+    asyncio.get_running_loop().set_exception_handler(partial(_on_callback_error, services))
     tasks = [asyncio.create_task(services.guard.run()), asyncio.create_task(report_load(services))]
     try:
         yield services
@@ -134,6 +136,13 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror or e}") from e
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     return listener
+
+
+def _on_callback_error(services: Services, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What a callback that failed has left undone must not keep a client waiting."""
+    loop.default_exception_handler(context)
+    if isinstance(context.get("exception"), Exception):
+        services.pool.fail_stranded()
 
 
 def _own(config: Config, port: int) -> MemberInfo:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from aiohttp import web
 
 from gateway.errors import ApiError
@@ -10,6 +12,10 @@ from gateway.generation import Generation
 from gateway.output import ChoiceOutput, Delta
 from gateway.services import Services
 from gateway.sse import DONE, EventStream, send_json
+
+logger = logging.getLogger(__name__)
+
+INTERNAL = ApiError(500, "internal error", code="internal")
 
 
 async def respond(
@@ -57,6 +63,13 @@ async def _stream(
             if stream.response is None:
                 raise
             await stream.send(e.body())
+        except ConnectionError:
+            raise
+        except Exception:
+            if stream.response is None:
+                raise
+            logger.exception("a stream of request %s ends with an error", generation.outputs[0].record.request_id)
+            await stream.send(INTERNAL.body())
     response = stream.response
     assert response is not None  # a generation has at least one token, or it failed
     return response
