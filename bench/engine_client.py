@@ -10,7 +10,7 @@ import zmq
 
 from moering import protocol, transport
 from moering.errors import MoeringError
-from moering.protocol import Failed, Hello, Sampling, Submit, Token, Tokens
+from moering.protocol import Abort, Failed, Hello, Sampling, Submit, Token, Tokens
 
 ANSWER_S = 300
 
@@ -32,28 +32,47 @@ class Answers:
 class EngineClient:
     """Asks one router."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, timeout_s: float = ANSWER_S) -> None:
+        """`timeout_s`: of the wait for one answer."""
         self._socket = transport.make_socket(zmq.DEALER)
-        self._socket.rcvtimeo = ANSWER_S * 1000
+        self._socket.rcvtimeo = int(timeout_s * 1000)
         transport.connect(self._socket, address)
         self._socket.send(protocol.encode(Hello("gateway", "bench", time.time_ns(), "", "")))
-        self._runs = 0
+        self._runs = self._asked = 0
 
     def ask(self, prompts: list[list[int]], tokens: int, digests: bool = False) -> None:
         """Send requests for `tokens` new tokens of each prompt, greedily; `answers` brings them."""
-        self._runs += 1
+        self._runs, self._asked = self._runs + 1, len(prompts)
         for i, prompt in enumerate(prompts):
             sampling = Sampling(max_tokens=tokens, temperature=0.0, logits_digest=digests)
             self._socket.send(protocol.encode(Submit(f"{self._runs}-{i}", 0, prompt, [], sampling, ANSWER_S)))
 
     def answers(self) -> list[tuple[int, Token]]:
-        """The next tokens, each with the index of its prompt. Raises `MoeringError` when a request failed."""
+        """The next tokens of the last `ask`, each with the index of its prompt.
+
+        Raises `MoeringError` when a request failed, or no answer came in time.
+        """
         while True:
-            message, _ = protocol.decode(self._socket.recv_multipart())
+            try:
+                message, _ = protocol.decode(self._socket.recv_multipart())
+            except zmq.Again:
+                raise MoeringError("the engine does not answer") from None
             if isinstance(message, Failed):
                 raise MoeringError(f"a request failed: {message.message}")
             if isinstance(message, Tokens):
-                return [(int(t.request_id.split("-")[1]), t) for t in message.tokens]
+                ids = [t.request_id.split("-") for t in message.tokens]
+                found = [(int(i), t) for (run, i), t in zip(ids, message.tokens, strict=True) if int(run) == self._runs]
+                if found:
+                    return found
+
+    def abort(self) -> None:
+        """End what the last `ask` asked for; what still comes of it is not for `answers`."""
+        for i in range(self._asked):
+            self._socket.send(protocol.encode(Abort(f"{self._runs}-{i}", 0)))
+
+    def close(self) -> None:
+        """Close the socket; the router aborts what it still computes for it."""
+        self._socket.close(0)
 
     def generate(self, prompts: list[list[int]], tokens: int, digests: bool = False) -> Answers:
         """`tokens` new tokens of each prompt, greedily, all at once. Raises `MoeringError` when a request fails."""
