@@ -75,13 +75,13 @@ class Connection:
         experts = d.experts.astype(np.uint16).tobytes()
         if self._shared is not None and self._free_slots and self._shared.fits(pairs, hidden.shape[1]):
             slot = self._slot_of[d.seq] = self._free_slots.pop()
-            hidden.take(d.rows[d.local_rows], 0, self._shared.sent[slot][:pairs], "clip")
+            hidden.take(d.pair_rows, 0, self._shared.sent[slot][:pairs], "clip")
             message = DispatchMessage(
                 self._router, d.seq, d.layer, d.prefill, experts, "float32", pairs, hidden.shape[1], slot
             )  # fmt: skip
             return transport.try_send(self.socket, [protocol.encode(message)])
         rows = hidden if len(d.rows) == len(hidden) else hidden[d.rows]
-        pairs_of = d.local_rows.tobytes() + experts
+        pairs_of = d.local_rows().tobytes() + experts
         message = DispatchMessage(self._router, d.seq, d.layer, d.prefill, pairs_of, "float32", *rows.shape)
         return transport.try_send(self.socket, [protocol.encode(message), memoryview(rows).cast("B")])  # type: ignore[arg-type]
 

@@ -190,7 +190,7 @@ class Dispatcher:
             self._next_seq += 1
             dispatches.append(
                 Dispatch(
-                    self._next_seq, work, w.layer, server, p.slots, p.experts, p.rows, p.local_rows, w.prefill, deaths,
+                    self._next_seq, work, w.layer, server, p.slots, p.experts, p.rows, p.pair_rows, w.prefill, deaths,
                     p.distinct_experts, role,
                 )
             )  # fmt: skip

@@ -32,7 +32,7 @@ class Dispatch:
     slots: np.ndarray  # int64 [pairs], sorted by expert
     experts: np.ndarray  # int64 [pairs]
     rows: np.ndarray  # int64 [rows], rows of the micro-batch to send, ascending
-    local_rows: np.ndarray  # uint16 [pairs], index into `rows`
+    pair_rows: np.ndarray  # int64 [pairs], the row of each pair
     prefill: bool
     deaths: int
     distinct_experts: int = 0
@@ -49,6 +49,10 @@ class Dispatch:
     def wanted(self) -> bool:
         """Whether any slot waits for this reply."""
         return self.open is None or len(self.open) > 0
+
+    def local_rows(self) -> np.ndarray:
+        """The row of each pair as an index into `rows`: uint16 [pairs], little-endian."""
+        return self.rows.searchsorted(self.pair_rows).astype("<u2")
 
     def open_slots(self) -> np.ndarray:
         """The slots that wait for this reply."""

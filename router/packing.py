@@ -23,7 +23,7 @@ class Packet(NamedTuple):
     slots: np.ndarray  # int64 [pairs]
     experts: np.ndarray  # int64 [pairs]
     rows: np.ndarray  # int64 [rows], the distinct rows of the slots, ascending
-    local_rows: np.ndarray  # uint16 [pairs], index into `rows`
+    pair_rows: np.ndarray  # int64 [pairs], the row of each slot
     distinct_experts: int
 
 
@@ -50,7 +50,7 @@ def pack_few(slots: np.ndarray | None, experts: np.ndarray, route: np.ndarray, t
     all_slots: list[int] = []
     all_experts: list[int] = []
     all_rows: list[int] = []
-    all_local: list[int] = []
+    all_pair_rows: list[int] = []
     ends = []
     for server in sorted(keys):
         mine = keys[server]
@@ -58,14 +58,12 @@ def pack_few(slots: np.ndarray | None, experts: np.ndarray, route: np.ndarray, t
         my_experts = [key >> _BITS for key in mine]
         my_slots = [key & _MASK for key in mine]
         pair_rows = [slot // top_k for slot in my_slots]
-        rows = sorted(set(pair_rows))
-        index = {row: n for n, row in enumerate(rows)}
         all_slots += my_slots
         all_experts += my_experts
-        all_rows += rows
-        all_local += [index[row] for row in pair_rows]
+        all_rows += sorted(set(pair_rows))
+        all_pair_rows += pair_rows
         ends.append((server, len(all_slots), len(all_rows), len(set(my_experts))))
-    return _cut(np.array(all_slots), np.array(all_experts), np.array(all_rows), np.array(all_local, "<u2"), ends)
+    return _cut(np.array(all_slots), np.array(all_experts), np.array(all_rows), np.array(all_pair_rows), ends)
 
 
 def pack_many(slots: np.ndarray | None, experts: np.ndarray, route: np.ndarray, top_k: int) -> list[Packet]:
@@ -92,16 +90,19 @@ def _packet(server: int, slots: np.ndarray, experts: np.ndarray, top_k: int) -> 
     pair_rows = slots // top_k
     seen = np.zeros(int(pair_rows.max()) + 1, bool)
     seen[pair_rows] = True
-    local = (seen.cumsum() - 1)[pair_rows].astype("<u2")
     distinct = 1 + int(np.count_nonzero(experts[1:] != experts[:-1]))
-    return Packet(server, slots, experts, np.flatnonzero(seen), local, distinct)
+    return Packet(server, slots, experts, np.flatnonzero(seen), pair_rows, distinct)
 
 
 def _cut(
-    slots: np.ndarray, experts: np.ndarray, rows: np.ndarray, local: np.ndarray, ends: list[tuple[int, int, int, int]]
+    slots: np.ndarray,
+    experts: np.ndarray,
+    rows: np.ndarray,
+    pair_rows: np.ndarray,
+    ends: list[tuple[int, int, int, int]],
 ) -> list[Packet]:
     packets, at, row = [], 0, 0
     for server, end, row_end, distinct in ends:
-        packets.append(Packet(server, slots[at:end], experts[at:end], rows[row:row_end], local[at:end], distinct))
+        packets.append(Packet(server, slots[at:end], experts[at:end], rows[row:row_end], pair_rows[at:end], distinct))
         at, row = end, row_end
     return packets

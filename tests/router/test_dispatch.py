@@ -52,7 +52,7 @@ def test_each_slot_goes_once_to_the_first_replica_of_its_expert():
     for x in out:
         assert {"abc"[e % 3] for e in x.experts} == {x.server}
         assert (x.experts == ids.reshape(-1)[x.slots]).all()
-        assert (x.rows[x.local_rows] == x.slots // 2).all()
+        assert (x.rows[x.local_rows()] == x.slots // 2).all()
         assert list(x.experts) == sorted(x.experts)
 
 

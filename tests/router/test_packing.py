@@ -40,5 +40,5 @@ def test_every_slot_is_in_one_message_of_its_server(layer, max_pairs):
         assert (experts[m.slots] == m.experts).all()
         assert list(m.experts) == sorted(m.experts)
         assert len(set(m.experts)) == m.distinct_experts
-        assert (m.rows[m.local_rows] == m.slots // top_k).all()
+        assert (m.pair_rows == m.slots // top_k).all()
         assert list(m.rows) == sorted(set(m.slots // top_k))

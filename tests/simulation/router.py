@@ -198,6 +198,6 @@ class Router(Member):
         d = send.dispatch
         self.cluster.oracle.dispatched(self, d)
         rows = self._flights[d.work].x[d.rows].astype(np.float32)[:, None]
-        pairs = d.local_rows.tobytes() + d.experts.astype("<u2").tobytes()
+        pairs = d.local_rows().tobytes() + d.experts.astype("<u2").tobytes()
         message = DispatchMessage(self.incarnation, d.seq, d.layer, d.prefill, pairs, "float32", *rows.shape)
         self._connections[d.server].send((message, memoryview(rows).cast("B")))
