@@ -1,27 +1,29 @@
 """`python -m expert_server`: joins a cluster, loads what the plan gives it, serves, and leaves on SIGTERM.
 
-Threads, in the order of their start: *compute* and *lease* at normal priority, *loader* for what comes later; then the
-main thread lowers its own priority (on Linux a thread's own), imports torch and loads the first experts, so that a
-joining process takes little from those that serve.
+Threads, in the order of their start: *compute*, *lease*, *loader* for what comes later, and *join*. That one imports
+torch and loads the first experts on a thread of low priority, so that a joining process takes little from those that
+serve; unless it is to bring orphans, for which requests wait.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import zmq
 
 from expert_server.config import Config
-from expert_server.loader import Loader
+from expert_server.loader import Loader, targets
 from expert_server.memory import default_capacity, release_free_memory
+from expert_server.pace import Pace
+from expert_server.priority import at_low_priority
 from expert_server.read_ahead import ReadAhead
 from expert_server.residency import Residency
 from expert_server.service import Service
@@ -53,7 +55,10 @@ class ExpertServer:
         self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
         self.service = Service(socket, self.id, self.incarnation, config.credit_rows, self.residency)
         self.lease = LeaseClient(coordinator, self._register, self._lease, self._on_view, self._on_refused)
-        self.loader = Loader(self.id, self._load, self.residency, self._report, self._read.announce)
+        pace = Pace(
+            config.share_of_core(), config.expert_s(self.checkpoint.expert_bytes), lambda: self.service.calls
+        )  # fmt: skip
+        self.loader = Loader(self.id, self._load, self.residency, self._report, self._read.announce, pace.rest_s)
         self.state = "JOINING"
         self._identity = MemberInfo(
             "expert-server", self.id, self.incarnation, self.address, os.getpid(), "JOINING", config.zone, 0, 0
@@ -80,14 +85,17 @@ class ExpertServer:
         return 0
 
     def _join_cluster(self) -> None:
-        """From an empty process to ONLINE, at low priority."""
+        """From an empty process to ONLINE, at low priority where nobody waits for it."""
+        background: Callable[[Callable[[], Any]], Any] = at_low_priority if self.config.nice else lambda work: work()
         try:
-            if self.config.nice:
-                lower_priority()
-            self._prepare()
-            view = None
-            while not self._has_plan(view) or not self.loader.reconcile(view, online=False):  # type: ignore[arg-type]
+            background(self._prepare)
+            view: View | None = None
+            loaded = False
+            while not loaded:
                 view = self.loader.wait_for_change(view)
+                if view is not None and view.layers > 0 and self.id in view.servers:
+                    load = partial(self.loader.reconcile, view, online=False)
+                    loaded = load() if targets(view, self.id)[1] else background(load)
             gc.freeze()
             release_free_memory()
             self.state = "ONLINE"
@@ -107,9 +115,6 @@ class ExpertServer:
         shape = (cp.num_layers, cp.num_experts, cp.hidden_size)
         self.service.open(cp.path.name, cp.digest, shape, self._backend.compute)
         self._prepared.set()
-
-    def _has_plan(self, view: View | None) -> bool:
-        return view is not None and view.layers > 0 and self.id in view.servers
 
     def _keep_loading(self) -> None:
         """After the first plan: follow every later one, while serving."""
@@ -195,13 +200,6 @@ class ExpertServer:
     def _report(self) -> None:
         held, digests = self.residency.report()
         self.lease.send(Held(self.id, self.incarnation, held, digests))
-
-
-def lower_priority() -> None:
-    """Lower the priority of the calling thread, where the system has one per thread (Linux)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

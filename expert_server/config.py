@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 
 from moering.config import option
+from moering.errors import ConfigError
 from moering.leader import EMBEDDED, MEMBERSHIP_HELP
 
 
@@ -26,9 +28,26 @@ class Config:
     backend: str = option("auto", "CPU arithmetic", choices=("auto", "packed", "portable"))
     credit_rows: int = option(4096, "rows that one router may have outstanding here")
     load_threads: int = option(1, "experts read and hashed at once while loading; more than 1 needs cores to spare")
+    load_share: float = option(
+        0.0,
+        "share of a core that loading may take beside traffic, up to 1; 0: a twentieth of the cores, at most a half",
+    )
+    load_mb_per_s: float = option(0.0, "limit of reading from the checkpoint, but for orphans; 0: none")
     nice: bool = option(True, "start at low priority until online, so that joining does not slow the others")
     drain_timeout_s: float = option(30.0, "after SIGTERM, how long others may take to load what is here")
     insecure: bool = option(False, "allow --bind on an address that other machines reach, without encryption")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.load_share <= 1 or self.load_mb_per_s < 0:
+            raise ConfigError("load_share must be from 0 to 1, and load_mb_per_s not negative")
+
+    def share_of_core(self) -> float:
+        """What background loading may take of a core, in (0, 1]."""
+        return self.load_share or min(0.5, 0.05 * (os.cpu_count() or 1))
+
+    def expert_s(self, expert_bytes: int) -> float:
+        """Seconds that an expert takes at least, by the limit of reading."""
+        return expert_bytes / (self.load_mb_per_s * 1e6) if self.load_mb_per_s else 0.0
 
     @property
     def server_id(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,13 @@ class Loader:
         residency: Residency,
         report: Callable[[], None],
         announce: Callable[[Sequence[Key]], None] = lambda keys: None,
+        rest_s: Callable[[float], float] = lambda took_s: 0.0,
     ) -> None:
         """`load(layer, expert)` returns the expert and its content digest; `report` tells the coordinator; `announce`
-        is told before each load which ones follow, so that they can be read meanwhile."""
+        is told before each load which ones follow, so that they can be read meanwhile; `rest_s` says how long to rest
+        after an expert that took so many seconds (`expert_server.pace`)."""
         self._server_id, self._load = server_id, load
-        self._residency, self._report, self._announce = residency, report, announce
+        self._residency, self._report, self._announce, self._rest_s = residency, report, announce, rest_s
         self._view: View | None = None
         self._changed = threading.Condition()
 
@@ -54,9 +56,10 @@ class Loader:
     def reconcile(self, view: View, *, online: bool) -> bool:
         """Drop and load until memory matches the plan of `view`. False if a newer view, or lack of room, cut it short.
 
-        `online`: report on the way, and rest between experts as long as one took, since requests are being served;
-        not for orphans. A server that is not online yet reports once, when it has everything. A view that does not
-        know this server says nothing about what it should hold.
+        `online`: report on the way, since what is reported is used at once. A server that is not online yet is used
+        when it has everything, and so reports once. There is no rest after an orphan, nor after anything else that
+        has to be there before an orphan can be used. A view that does not know this server says nothing about what
+        it should hold.
         """
         if self._server_id not in view.servers:
             return True
@@ -67,7 +70,7 @@ class Loader:
         if held - wanted.keys():
             logger.info("dropped %d experts", len(held - wanted.keys()))
             self._report()
-        missing = sorted(wanted.keys() - held, key=lambda key: (key not in orphans, key))
+        missing = _in_order(view, wanted.keys() - held, orphans)
         if missing:
             logger.info("loading %d experts, %d of them orphans", len(missing), len(orphans & set(missing)))
         return self._load_all(view, missing, orphans, online)
@@ -94,11 +97,16 @@ class Loader:
             if now - shown > PROGRESS_S:
                 logger.info("loaded %d of %d experts", n, len(missing))
                 shown = now
-            if online and key not in orphans:
-                time.sleep(now - begun)
+            if n < len(missing) and key not in orphans and (online or not orphans):
+                self._rest(view, orphans, self._rest_s(now - begun))
         if missing:
             logger.info("loaded %d experts in %.1f s", len(missing), time.monotonic() - started)
         return True
+
+    def _rest(self, view: View, orphans: set[Key], seconds: float) -> None:
+        """Wait, but no longer than until a newer view asks for something else."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_outdated(view, orphans), seconds)
 
     def _is_outdated(self, view: View, orphans: set[Key]) -> bool:
         """Whether a newer view asks for something else, or for something else first."""
@@ -119,6 +127,12 @@ def targets(view: View, server_id: str) -> tuple[dict[Key, None], set[Key]]:
     mine = (target == view.servers.index(server_id)).any(axis=2)
     nowhere = mine & (routing < 0).all(axis=2)
     return _keys(mine), set(_keys(nowhere))
+
+
+def _in_order(view: View, missing: Set[Key], orphans: Set[Key]) -> list[Key]:
+    """Orphans first, then the most popular."""
+    ranks = view.popularity or bytes(view.layers * view.experts)
+    return sorted(missing, key=lambda key: (key not in orphans, -ranks[key[0] * view.experts + key[1]], key))
 
 
 def _keys(mask: np.ndarray) -> dict[Key, None]:

@@ -39,6 +39,7 @@ class Service(threading.Thread):
         self._stopping = False
         self.progress = 0  # turns of the loop: a lease reports it
         self.queued = 0
+        self.calls = 0  # of the grouped kernel
         self.epoch = 0
 
     def open(self, model: str, digest: str, shape: tuple[int, int, int], compute: Compute) -> None:
@@ -138,6 +139,7 @@ class Service(threading.Thread):
         if None in experts:
             self._answer_without(group, {e for e, x in zip(group.experts, experts, strict=True) if x is None})
             return
+        self.calls += 1
         started = time.perf_counter_ns()
         first = group.requests[0]
         if len(group.requests) == 1 and first.out is not None:

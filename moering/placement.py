@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moering import ring
+from moering.popularity import ranks
 from moering.protocol import View
 from moering.tables import Pairs, Replicas, Tables, columns, pack, pick, widen
 
@@ -221,7 +222,8 @@ class Placement:
         survivable = ring.failures_survivable(routing, servers, zones)
         under = ring.under_target(routing, self.replication)
         restorable = ring.failures_restorable(self._able(), self.replication, self.layers * self.experts)
-        return Tables(servers, routing, target, survivable, ring.orphans(routing), under, restorable)
+        popularity = b"" if self.popularity is None else ranks(self.popularity)
+        return Tables(servers, routing, target, survivable, ring.orphans(routing), under, restorable, popularity)
 
     def published(self, tables: Tables, epoch: int) -> None:
         """Members are told `tables` as `epoch`: from now on routers may use its routing."""

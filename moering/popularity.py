@@ -39,3 +39,10 @@ class Popularity:
     def _decay(self, now_s: float) -> None:
         self._tokens *= math.exp(-max(0.0, now_s - self._as_of_s) / DECAY_S)
         self._as_of_s = now_s
+
+
+def ranks(tokens: npt.NDArray[np.float64]) -> bytes:
+    """`Popularity.tokens` on a scale of one byte each, in eighths of a doubling above the prior."""
+    doublings = np.log2(np.maximum(tokens, PRIOR_TOKENS) / PRIOR_TOKENS)
+    scaled: npt.NDArray[np.uint8] = np.minimum(8 * doublings, 255).astype(np.uint8)
+    return scaled.tobytes()

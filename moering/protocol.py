@@ -280,6 +280,7 @@ class View:
     under_target: int  # experts with fewer live replicas than wanted
     failures_restorable: int = -1  # further failures after which memory allows full redundancy again; -1: not even now
     operations: list[Operation] = dataclasses.field(default_factory=list)  # the last ones, the newest at the end
+    popularity: bytes = b""  # uint8 [layers, experts] (`moering.popularity.ranks`): loaded first; empty: not known
 
 
 @_message("register")

@@ -27,9 +27,10 @@ class Tables:
     orphans: int
     under_target: int
     failures_restorable: int
+    popularity: bytes  # see `View`
 
     def same_as(self, other: Tables | None) -> bool:
-        """Whether nothing that a member sees has changed."""
+        """Whether nothing has changed that members need to be told. Popularity alone is no news."""
         return (
             other is not None
             and self.servers == other.servers
@@ -82,4 +83,5 @@ def make_view(
         term, epoch, members, list(tables.servers), layers, experts, width, tables.routing.astype("<i2").tobytes(),
         tables.target.astype("<i2").tobytes(), replication, tables.failures_survivable, tables.orphans,
         tables.under_target, failures_restorable=tables.failures_restorable, operations=operations,
+        popularity=tables.popularity,
     )  # fmt: skip

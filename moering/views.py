@@ -12,6 +12,8 @@ def check_view(view: View) -> None:
     """Raise `ProtocolError` for a view whose tables cannot be used."""
     if min(view.layers, view.experts, view.width, view.term, view.epoch) < 0 or len(view.servers) > 0x7FFF:
         raise ProtocolError("view: negative or impossible sizes")
+    if len(view.popularity) not in (0, view.layers * view.experts):
+        raise ProtocolError(f"view: popularity of {len(view.popularity)} bytes does not match its shape")
     for table in (view.routing, view.target):
         if len(table) != 2 * view.layers * view.experts * view.width:
             raise ProtocolError(f"view: a table of {len(table)} bytes does not match its shape")

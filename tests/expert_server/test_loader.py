@@ -1,8 +1,10 @@
 """The loader brings memory into line with the plan: orphans first, and never drops what the plan still wants."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from expert_server.backend import NoRoom
 from expert_server.loader import Loader, targets
@@ -10,6 +12,8 @@ from expert_server.residency import Residency
 from moering.protocol import View
 
 LAYERS, EXPERTS = 2, 4
+DEADLINE_S = 30.0
+FOREVER_S = 3600.0
 
 
 def view(mine, routed=(), epoch=1):
@@ -24,9 +28,17 @@ def view(mine, routed=(), epoch=1):
 
 
 class Fixture:
-    def __init__(self, on_load=lambda key: None):
+    def __init__(self, on_load=lambda key: None, rest_s=0.0):
         self.residency, self.loaded, self.reports, self.on_load = Residency(), [], [], on_load
-        self.loader = Loader("me", self.load, self.residency, lambda: self.reports.append(self.residency.keys()))
+        self.rests, self.resting, self._rest_s = [], threading.Event(), rest_s
+        self.loader = Loader(
+            "me", self.load, self.residency, lambda: self.reports.append(self.residency.keys()), rest_s=self.rest_s
+        )
+
+    def rest_s(self, took_s):
+        self.rests.append(len(self.loaded))
+        self.resting.set()
+        return self._rest_s
 
     def load(self, layer, expert):
         self.loaded.append((layer, expert))
@@ -52,6 +64,45 @@ def test_orphans_are_loaded_first_and_reported_before_the_rest():
     f.follow(view({(0, 0), (0, 1), (1, 3)}, routed=[(0, 0), (0, 1)]))
     assert f.loaded[0] == (1, 3)
     assert f.reports[0] == {(1, 3)}
+
+
+def test_the_most_popular_are_loaded_first_after_the_orphans():
+    popularity = np.array([[0, 9, 5, 0], [0, 0, 9, 7]], np.uint8).tobytes()
+    f = Fixture()
+    mine = {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (1, 0), (1, 1)}
+    f.follow(replace(view(mine, routed=mine - {(1, 0), (1, 3)}), popularity=popularity))
+    assert f.loaded == [(1, 3), (1, 0), (0, 1), (1, 2), (0, 2), (0, 3), (1, 1)]
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_there_is_no_rest_after_an_orphan_nor_after_the_last_one(online):
+    f = Fixture()
+    mine = {(0, 0), (0, 1), (0, 2), (0, 3)}
+    v = view(mine, routed={(0, 0), (0, 1), (0, 2)})
+    f.loader.view_changed(v)
+    assert f.loader.reconcile(v, online=online)
+    assert f.rests == ([2, 3] if online else [])  # one that joins is used when it has everything, orphans included
+
+
+def test_a_joining_server_without_orphans_rests_as_well():
+    f = Fixture()
+    v = view({(0, 0), (0, 1)}, routed={(0, 0), (0, 1)})
+    assert f.loader.reconcile(v, online=False)
+    assert f.rests == [1]
+
+
+def test_an_orphan_ends_a_rest():
+    f = Fixture(rest_s=FOREVER_S)
+    mine = {(0, 0), (0, 1)}
+    v = view(mine, routed=mine)
+    f.loader.view_changed(v)
+    done = []
+    thread = threading.Thread(target=lambda: done.append(f.loader.reconcile(v, online=True)), daemon=True)
+    thread.start()
+    assert f.resting.wait(DEADLINE_S)
+    f.loader.view_changed(view(mine, routed={(0, 0)}, epoch=2))
+    thread.join(DEADLINE_S)
+    assert done == [False] and f.loaded == [(0, 0)]
 
 
 def test_a_newer_plan_cuts_loading_short():

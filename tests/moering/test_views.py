@@ -20,11 +20,13 @@ BAD = [
     {"target": b""},
     {"servers": ["a"]},
     {"routing": np.array([0, 1, 1, -2], "<i2").tobytes()},
+    {"popularity": bytes(3)},
 ]
 
 
 def test_a_good_view_passes() -> None:
     check_view(GOOD)
+    check_view(dataclasses.replace(GOOD, popularity=bytes(2)))
     check_view(View(1, 1, [], [], 0, 0, 0, b"", b"", 2, -1, 0, 0))  # before the first plan
 
 
