@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-QUARANTINE_DEATHS, POISON_DEATHS = 2, 3
+QUARANTINE_DEATHS, POISON_DEATHS = 2, 4
 """Rows outstanding at two deaths may be their cause: they go on alone, and in halves at each further death. A lone row
-outstanding at three deaths is ended with an error, so that it kills no more."""
+outstanding at four deaths is ended with an error, so that it kills no more: the first two may have been one event that
+struck both holders of an expert, so that it takes two more deaths, each while the row is alone, to convict it."""
 
 
 class Part(NamedTuple):

@@ -114,6 +114,7 @@ class Streams:
 def check_equal(seen: Sequence[Stream], reference: Sequence[Stream]) -> None:
     """Every stream brought what it brought in the run without a failure, and ended once."""
     for index, (stream, wanted) in enumerate(zip(seen, reference, strict=True)):
-        assert (stream.ends, stream.done_lines) == (["length"], 1), f"stream {index}"
+        end = f"stream {index} of {len(stream.tokens)} tokens ended with {stream.ends}, {stream.done_lines} done lines"
+        assert (stream.ends, stream.done_lines) == (["length"], 1), end
         assert stream.tokens == wanted.tokens, f"stream {index}"
         assert stream.digests == wanted.digests, f"stream {index}: equal tokens from other logits"

@@ -171,7 +171,7 @@ def test_a_row_that_kills_is_found_and_ended_and_its_batch_mates_are_not():
         queue += sends(new)
     assert poisoned == [poison]
     assert len(done) == 1
-    assert deaths <= 6
+    assert deaths <= 7
 
 
 def test_two_deaths_of_holders_end_no_innocent_lone_row():
@@ -286,7 +286,7 @@ def test_bans_grow_and_are_ignored_when_nobody_else_is_left(losses):
 
 
 def test_a_row_that_kills_all_holders_is_remembered_until_one_is_back():
-    """It is held while nobody can serve it; the next server is the last one that it kills."""
+    """It is held while nobody can serve it; of those that come back it kills two."""
     d = dispatcher(routing=np.array([[[0, 1]] * EXPERTS] * LAYERS), servers="ab")
     ids = np.zeros((4, 1), int)
     d.submit(1, 0, ids, None, False, 0.0)
@@ -300,9 +300,31 @@ def test_a_row_that_kills_all_holders_is_remembered_until_one_is_back():
     assert list(x.rows) == [0], "row by row"
     (y,) = sends(d.replied(d.find("a", 2, x.seq, 1), 1.1))
     assert list(y.rows) == [1]
-    *ended, done = d.disconnected("a", 1.2)
+    (held,) = d.disconnected("a", 1.2)
+    assert (list(held.missing), list(held.deaths)) == ([1, 2, 3], [3, 2, 2])
+    d.connected("a", 3, 1000, 1000, 2.0)
+    (z,) = sends(d.submit(3, 0, ids, held.missing, False, 2.0, held.deaths))
+    assert list(z.rows) == [1]
+    *ended, done = d.disconnected("a", 2.1)
     assert [list(i.rows) for i in ended if isinstance(i, Poisoned)] == [[1]]
     assert (list(done.missing), list(done.deaths)) == ([2, 3], [2, 2])
+
+
+def test_a_third_death_while_what_two_have_left_is_computed_ends_no_innocent_row():
+    """Both holders die at once, and then, by chance, the one that has loaded their experts for them."""
+    holders = [[[0, 1]] * EXPERTS] * LAYERS
+    d = dispatcher(routing=np.array(holders), servers="abcd")
+    for s in "ab":  # others have died and come back lately
+        d.disconnected(s, 0.0)
+        d.connected(s, 2, 1000, 1000, 0.0)
+    d.submit(1, 0, np.array([[0]]), None, False, 0.1)
+    d.disconnected("a", 0.1)
+    (held,) = d.disconnected("b", 0.1)
+    d.view_changed(view(np.array([[[2, 3]] * EXPERTS] * LAYERS), "abcd", epoch=2), 0.2)
+    (x,) = sends(d.submit(2, 0, np.array([[0]]), held.missing, False, 0.2, held.deaths))
+    (y,) = sends(d.disconnected(x.server, 0.2))
+    (done,) = d.replied(d.find(y.server, 1, y.seq, 1), 0.3)
+    assert isinstance(done, Complete) and not len(done.missing)
 
 
 def test_connections_that_break_without_a_death_end_no_row_that_nobody_could_serve():
