@@ -97,7 +97,7 @@ async def run(config: ElasticConfig) -> Figures:
         clients, stop = Streams(session, url, bodies, config.streams), asyncio.Event()
         streaming = asyncio.create_task(clients.until(stop))
         try:
-            steps = [await _step(session, url, step, config) for step in config.steps]
+            steps = [await perform(session, url, step, config) for step in config.steps]
         finally:
             stop.set()
             await streaming
@@ -105,7 +105,7 @@ async def run(config: ElasticConfig) -> Figures:
     return report(steps, clients, tokens)
 
 
-async def _step(session: aiohttp.ClientSession, url: str, step: str, config: ElasticConfig) -> Step:
+async def perform(session: aiohttp.ClientSession, url: str, step: str, config: ElasticConfig) -> Step:
     """Stay calm for a while, then ask for one operation and wait for its end."""
     calm_from_s = time.perf_counter()
     await asyncio.sleep(config.calm)

@@ -9,6 +9,7 @@ processor or the weights do not allow it, the *portable* backend is `F.linear` o
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -77,12 +78,12 @@ def resolve_backend(backend: Backend) -> Literal["packed", "portable"]:
 
 def fits_fp16(weight: torch.Tensor) -> bool:
     """True when no weight overflows fp16 and none moves by more than `MAX_PACK_ERROR`."""
-    if weight.dtype == torch.float16:
-        exponents = weight.view(torch.int16) & 0x7C00  # all ones: infinite or NaN; faster than isfinite()
-        return not bool((exponents == 0x7C00).any())
     exact = weight.float()
-    rounded = exact.half().float()
-    return bool(rounded.isfinite().all()) and float((rounded - exact).abs().max()) <= MAX_PACK_ERROR
+    rounded = exact if weight.dtype == torch.float16 else exact.half().float()
+    # NaN and infinity are extremes too; of float32 this is faster than isfinite()
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(rounded)):
+        return False
+    return rounded is exact or float((rounded - exact).abs().max()) <= MAX_PACK_ERROR
 
 
 def _linear_fp16(x: torch.Tensor, packed: Any) -> torch.Tensor:

@@ -28,7 +28,8 @@ WEIGHT_DTYPES = ("F32", "F16", "BF16")
 class ExpertWeights:
     """One expert: gate and up projection [intermediate, hidden], down projection [hidden, intermediate].
 
-    `digest` is 8 bytes of blake2b over the three payloads in this order; it does not depend on the file layout.
+    `digest` is 8 bytes of SHA-256 over the three payloads in this order; it does not depend on the file layout. Of the
+    hashes in the standard library it is the fastest on processors with instructions for it.
     """
 
     gate_proj: RawTensor
@@ -94,10 +95,10 @@ class Checkpoint:
         if (layer, expert) not in self._experts:
             raise CheckpointError(f"{self.path}: no expert {expert} in layer {layer}")
         gate, up, down = (self._read(part) for part in self._experts[layer, expert])
-        digest = hashlib.blake2b(digest_size=8)
+        digest = hashlib.sha256()
         for part in (gate, up, down):
             digest.update(part.data.data)
-        return ExpertWeights(gate, up, down, digest.digest())
+        return ExpertWeights(gate, up, down, digest.digest()[:8])
 
     def _read(self, part: TensorSlice) -> RawTensor:
         tensor = part.read()
