@@ -49,7 +49,7 @@ class Arena:
         check_equal(seen, self.reference)
 
     def check_broken(self, seen: list[Stream]) -> None:
-        """The connections broke (the gateway died): what came before is right, and nothing looks like an end."""
+        """The connections broke, as who held them died: what came before is right, and nothing looks like an end."""
         for stream, wanted in zip(seen, self.reference, strict=True):
             assert stream.tokens == wanted.tokens[: len(stream.tokens)]
             assert stream.digests == wanted.digests[: len(stream.digests)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from tests.faults.arena import MEMBERS, Arena
-from tests.faults.injections import ENDS, INJECTIONS
+from tests.faults.injections import INJECTIONS, ends
 from tests.faults.matrix import Cell
-from tests.faults.moments import PHASES, Moment, moment
+from tests.faults.moments import ON_THE_DATA_PATH, PHASES, Moment, moment
 from tests.integration.cluster import wait_for
 from tests.integration.streams import Stream
 
@@ -40,7 +40,7 @@ def _through(m: Moment) -> list[Stream]:
             streams = m.arena.streams()
         pid = None if m.victim == "launcher" else m.arena.hub.pid(m.victim)
         with INJECTIONS[m.cell.how](m):
-            if streams is None and m.victim == "gateway-0" and m.cell.how in ENDS:
+            if streams is None and m.victim == "gateway-0" and ends(m.cell):
                 wait_for("another gateway starts", lambda: m.arena.hub.pid(m.victim) != pid)
                 m.arena.wait_online()
             return (streams or m.arena.streams()).finish()
@@ -51,18 +51,21 @@ def _replaced(now: dict[str, int], before: dict[str, int]) -> set[str]:
 
 
 def _breaks_connections(cell: Cell) -> bool:
-    return cell.who == "gateway" and cell.how == "SIGKILL" and cell.when not in ("joining", "idle")
+    if cell.who != "gateway" or cell.when in ("joining", "idle"):
+        return False
+    return cell.how == "SIGKILL" or (cell.how, cell.when) == ("SIGTERM", "draining")  # told twice, it ends at once
 
 
 def _ended(m: Moment) -> set[str]:
-    ended = {m.victim} & MEMBERS if m.cell.how in ENDS else set()
-    return ended | ({m.dead} if m.dead else set())
+    drained = m.cell.when == "draining" and m.cell.who in ON_THE_DATA_PATH
+    ended = {m.victim} & MEMBERS if ends(m.cell) or drained else set()
+    return ended | ({m.other} if m.other else set())
 
 
 def _check_spare(m: Moment) -> None:
     """A spare that was hit by an end has ended; every other one joins in the end."""
     assert m.spare is not None
-    if m.in_spare and m.cell.how in ENDS:
+    if m.in_spare and ends(m.cell):
         status = m.spare.wait_ended()
         assert bool(status) == (m.cell.how != "SIGTERM") or status == -15, status
     else:

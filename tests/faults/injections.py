@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 import psutil
 
 from tests.faults.arena import ROUTERS
+from tests.faults.matrix import Cell
 from tests.faults.moments import Moment
 from tests.integration.cluster import wait_for
 
@@ -33,7 +34,8 @@ def told_to_stop(m: Moment) -> Iterator[None]:
 def stopped(m: Moment) -> Iterator[None]:
     """It stands still until the streams have ended; the gateway, until the routers have gone on without it."""
     only_gateway = m.victim == "gateway-0"
-    notes = [m.arena.hub.arm(r, "replying", "note", skip=3) for r in ROUTERS if only_gateway and m.gate is not None]
+    held = m.gate is not None or bool(m.observers)
+    notes = [m.arena.hub.arm(r, "replying", "note", skip=3) for r in ROUTERS if only_gateway and held]
     m.signal(signal.SIGSTOP)
     try:
         wait_for("it stands still", lambda: psutil.Process(m.pid).status() == psutil.STATUS_STOPPED)
@@ -101,3 +103,8 @@ INJECTIONS: dict[str, Callable[[Moment], AbstractContextManager[None]]] = {
 }
 ENDS = ("SIGKILL", "SIGTERM", "exit", "out of memory", "truncated shard", "same address")
 """After these the victim's process has ended; after all others the same one goes on."""
+
+
+def ends(cell: Cell) -> bool:
+    """Whether the victim's process ends. A gateway lives on without memory for a message: only that is lost to it."""
+    return cell.how in ENDS and (cell.who, cell.how) != ("gateway", "out of memory")

@@ -47,7 +47,7 @@ WHEN = {
     "prefill": "a prompt is being computed",
     "decode": "streams are being decoded, a dispatch is in its hands",
     "reply": "between receive and reply: the answer is computed and not sent",
-    "draining": "it is being drained",
+    "draining": "it is being drained; where it is not on the data path: an expert server is",
     "recovery": "during another recovery: an expert server is dead and its successor not up",
 }
 ANY = "*"
@@ -62,6 +62,7 @@ Rule = tuple[str | tuple[str, ...], str | tuple[str, ...], str | tuple[str, ...]
 IMPOSSIBLE: tuple[Rule, ...] = (
     (ANY, "exit", ("joining", "idle", "prefill", "decode", "reply", "draining"), "an exit while loading is meant"),
     (ANY, LOADS, ("joining", "idle", "prefill", "decode", "reply"), "the shard is not being read"),
+    (("expert server", "router"), LOADS, "draining", "who is being drained reads no weights any more"),
     (ANY, REPLIES, ("joining", "loading", "idle"), "nobody waits for an answer then"),
     (ANY, REPLIES, ("decode",), "that is the row *reply* of the same fault: the answer is what is wrong"),
     (ANY, "slow", ("joining", "idle", "reply"), "nothing is computed then that could be slow"),
@@ -69,7 +70,9 @@ IMPOSSIBLE: tuple[Rule, ...] = (
     (ANY, "same address", ("joining", "loading"), "nobody has used its address yet"),
     ("router", "wrong shape", ANY, "only expert servers answer with tensors, and coordinators with tables"),
     ("gateway", ANY, "loading", "a gateway reads a tokenizer, no weights"),
-    ("gateway", ("exit", "out of memory", *LOADS), ANY, "it loads nothing and holds nothing large; see *SIGKILL*"),
+    ("gateway", ("exit", *LOADS), ANY, "it loads nothing; see *SIGKILL*"),
+    ("gateway", "out of memory", ("reply", "draining"), "that stream ends with an error: see test_internal_errors.py"),
+    ("expert server", "slow", "draining", "who drains gets no new rows; see *late*"),
     ("gateway", REPLIES, ANY, "its answers go to the client, who is the judge here"),
     ("gateway", "slow", ANY, "what it does per token is too little to be seen; see *SIGSTOP*"),
     ("gateway", "same address", ANY, "it always comes back at its HTTP port; see *SIGKILL*"),
@@ -84,13 +87,6 @@ IMPOSSIBLE: tuple[Rule, ...] = (
 
 WAITING: tuple[Rule, ...] = (
     ("etcd", ANY, ANY, "see tests/membership_etcd for etcd's deaths; not with this table's moments yet"),
-    (
-        "launcher",
-        ("SIGKILL", "SIGTERM"),
-        ANY,
-        "see tests/faults/test_launcher_death.py; not at this table's moments yet",
-    ),
-    (ANY, ANY, "draining", "needs `moering drain`"),
 )
 """Cells that can occur and are not run yet, since the part of the product that they try is not there."""
 

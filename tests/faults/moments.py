@@ -6,9 +6,10 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tests.faults.arena import RELAYED, Arena
+from tests.faults import draining
+from tests.faults.arena import RELAYED, ROUTERS, Arena
 from tests.faults.hub import Gate
 from tests.faults.matrix import CUTS, LOADS, REPLIES, Cell
 from tests.faults.relay import Relay
@@ -16,7 +17,7 @@ from tests.faults.spare import Spare, server_id_of, spare
 from tests.faults.visitor import visiting
 
 PHASES = {"prefill": ("received", True, 0), "decode": ("received", False, 4)}
-PHASES |= {"reply": ("replying", False, 4), "recovery": PHASES["decode"]}
+PHASES |= {"reply": ("replying", False, 4), "recovery": PHASES["decode"], "draining": PHASES["decode"]}
 """Point, whether a prompt is computed there, and how many such hits go by before; the streams have 24 tokens."""
 AGENTS_OWN = ("exit", "out of memory", "garbage", "wrong shape", "twice", "slow", "full disk")
 """What happens in the process that is hit; for all other faults it is held at the gate."""
@@ -36,9 +37,9 @@ class Moment:
     cell: Cell
     victim: str
     gate: Gate | None = None  # the victim's
-    observer: Gate | None = None
+    observers: list[Gate] = field(default_factory=list)  # of others who hold the streams, or the spare
     spare: Spare | None = None
-    dead: str | None = None  # whose recovery is under way
+    other: str | None = None  # whose recovery, or drain, is under way
 
     @property
     def in_spare(self) -> bool:
@@ -52,11 +53,29 @@ class Moment:
 
     def wait_reached(self, stack: ExitStack) -> None:
         """Until the streams, or the spare, have got there."""
-        if self.observer is not None:
-            self.observer.wait_fired()
+        for observer in self.observers:
+            observer.wait_fired()
         if self.gate is not None and self.cell.who == "coordinator":
             stack.enter_context(visiting(self.arena.coordinator))
         if self.gate is not None:
+            self.gate.wait_fired()
+        if self.cell.when == "draining" and self.cell.who in ON_THE_DATA_PATH:
+            self._drain(stack)
+
+    def _drain(self, stack: ExitStack) -> None:
+        """The victim, which has streams in its hands; then the fault itself, if the process does that to itself."""
+        if self.cell.who == "gateway":
+            draining.gateway(self.arena, self.victim)
+        elif self.cell.who == "router":
+            draining.router(self.arena, self.victim)
+        else:
+            stack.callback(draining.expert_server(self.arena, self.victim))
+        held = self.gate
+        if held is not None and self.cell.how in AGENTS_OWN:
+            # a server that drains gets no new rows: its last ones are in its hands
+            point = "replying" if self.cell.who == "expert server" else held.fields["point"]
+            self.gate = self.arena.hub.arm(self.victim, point, self.cell.how, stays=self.cell.how in STAYS)
+            held.release()
             self.gate.wait_fired()
 
     @property
@@ -70,7 +89,7 @@ class Moment:
 
     def release(self, *, late: bool = False) -> None:
         """Let those go on who are held; `late`: not the victim."""
-        for gate in (self.observer, None if late else self.gate):
+        for gate in (*self.observers, None if late else self.gate):
             if gate is not None:
                 gate.release()
 
@@ -82,6 +101,11 @@ def moment(arena: Arena, cell: Cell) -> Iterator[Moment]:
         m = Moment(arena, cell, _victim(cell))
         if cell.when == "recovery":
             _kill_another(m, stack)
+        if cell.when == "draining" and cell.who not in ("router", "gateway"):
+            draining.wait_spread(arena)
+        if cell.when == "draining" and cell.who not in ON_THE_DATA_PATH:
+            m.other = "expert-1"
+            stack.callback(draining.expert_server(arena, m.other))
         if cell.how in WHILE_LOADING:
             _start_a_spare(m, stack, "loading")
         elif cell.when in ("joining", "loading"):
@@ -112,29 +136,34 @@ def _start_a_spare(m: Moment, stack: ExitStack, point: str) -> None:
     if own:
         m.victim, m.gate = m.spare.server_id, gate
     else:
-        m.observer = gate
+        m.observers.append(gate)
 
 
 def _kill_another(m: Moment, stack: ExitStack) -> None:
     """An expert server is dead, and its successor is held back until the cell is over."""
-    m.dead = "expert-1" if m.victim != "expert-1" else "expert-0"
-    hold = m.arena.hub.hold_start(m.dead)
+    m.other = "expert-1" if m.victim != "expert-1" else "expert-0"
+    hold = m.arena.hub.hold_start(m.other)
     stack.callback(hold.release)
-    os.kill(m.arena.hub.pid(m.dead), signal.SIGKILL)
+    os.kill(m.arena.hub.pid(m.other), signal.SIGKILL)
     hold.wait_reached()
 
 
 def _arm(m: Moment) -> None:
     """The gate of a phase, and where that is another process's, the victim's own."""
     cell, hub = m.cell, m.arena.hub
-    point, prefill, skip = PHASES[cell.when]
     action = cell.how if cell.how in AGENTS_OWN else "block"
+    if (cell.who, cell.when) == ("gateway", "draining"):  # blocked itself, it could not be told
+        m.observers = [hub.arm(r, "replying", match={"prefill": False}, skip=2) for r in ROUTERS]
+        return
+    point, prefill, skip = PHASES[cell.when]
     if cell.who in ON_THE_DATA_PATH:
-        point = "replying" if cell.how in REPLIES else point
-        stays = cell.how in STAYS
+        own = cell.how in REPLIES and (cell.when != "draining" or cell.how not in AGENTS_OWN)
+        point = "replying" if own else point
+        action = "block" if cell.when == "draining" else action
+        stays = action in STAYS
         m.gate = hub.arm(m.victim, point, action, match={"prefill": prefill}, skip=skip, stays=stays)
         return
-    m.observer = hub.arm(OBSERVER, point, match={"prefill": prefill}, skip=skip)
+    m.observers.append(hub.arm(OBSERVER, point, match={"prefill": prefill}, skip=skip))
     if cell.who == "coordinator" and (cell.when == "reply" or cell.how in REPLIES):
         answers = cell.when == "reply" and cell.how != "wrong shape"
         m.gate = hub.arm("coordinator", "replying" if answers else "publishing", action)

@@ -17,7 +17,7 @@ streams that are held against the same streams without a failure. In each cell
 * no token is lost, duplicated or changed, the digests of the sampled logits are equal, and each stream ends exactly
   once. Where the gateway is killed, its connections break: what came until then is right and has no end;
 * afterwards the cluster is whole again: whoever ended has been replaced, nobody else has, and all routers use all
-  expert servers.
+  expert servers. Where the launcher is killed, no process is left; told to stop, it lets the streams end before.
 
 The faults are injected from outside: signals, a relay between two processes, the files on disk; or by an agent that
 `tests/faults/processes/` puts into a process. The product has no hooks for them. A reply in the wrong shape has too few

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.faults.launcher_end import runs
 from tests.integration.cluster import serving, wait_for
 
 
@@ -14,12 +15,4 @@ def test_a_killed_launcher_leaves_no_process(checkpoint: Path, tmp_path: Path) -
         assert {p["pid"] for p in cluster.status()["processes"]} <= {cluster.launcher.pid, *(c.pid for c in children)}
         cluster.kill("expert-0", "router-1", "gateway-0", number=signal.SIGSTOP)  # they cannot act on anything
         cluster.launcher.kill()
-        wait_for("all processes are gone", lambda: not any(map(_runs, children)))
-
-
-def _runs(process: psutil.Process) -> bool:
-    """A zombie is dead: in a container there may be nobody who reaps it."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        wait_for("all processes are gone", lambda: not any(map(runs, children)))
