@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -82,6 +83,37 @@ def test_the_elected_coordinator_dies_and_then_an_expert_server(
         cluster.wait_settled()
     finally:
         other.close()
+
+
+def test_a_stopped_coordinator_wakes_up_beside_its_successor(
+    scenario: Scenario, etcd: EtcdNodes, directory: Path
+) -> None:
+    cluster = scenario.cluster
+    other = Candidate("b", etcd.membership, directory, "--expert-servers", "3")
+    stopped, deposed = cluster.process("coordinator"), cluster.logged("no longer the elected coordinator")
+
+    def stop(_: Streams) -> None:
+        cluster.kill("coordinator", number=signal.SIGSTOP)
+        wait_for("another is elected", lambda: coordinator(cluster) == "b")
+
+    def wake(_: Streams) -> None:
+        os.kill(stopped["pid"], signal.SIGCONT)
+        cluster.kill("expert-2")  # what follows only one of the two may decide
+
+    try:
+        wait_for("it waits for the office", lambda: other.said("waiting for its end"))
+        scenario.through(stop)
+        dead = cluster.process("expert-2")
+        scenario.through_death_of_servers(wake, lost=1)
+        wait_for("it has noticed", lambda: cluster.logged("no longer the elected coordinator") > deposed)
+        cluster.wait_replaced([dead])
+        assert coordinator(cluster) == "b"
+    finally:
+        os.kill(stopped["pid"], signal.SIGCONT)
+        other.close()
+    wait_for("it is elected again", lambda: coordinator(cluster) == "a-coordinator")
+    assert cluster.process("coordinator")["pid"] == stopped["pid"]
+    cluster.wait_settled()
 
 
 def test_all_of_etcd_dies_and_an_expert_server_while_it_is_gone(scenario: Scenario, etcd: EtcdNodes) -> None:
