@@ -28,6 +28,7 @@ def test_members_learn_the_popularity_with_the_next_view_and_it_alone_makes_none
     loads[1, 2] = 1000
     router = c.members["r0"]
     c.send(router, replace(router.lease(), loads=loads.tobytes()))
+    c.send(c.members["e0"], c.members["e0"].report())  # says nothing new, and has the coordinator look again
     c.run(1)
     assert c.view is before
     c.kill("e1")
