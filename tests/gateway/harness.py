@@ -89,7 +89,8 @@ async def gateway(model: Model, *routers: FakeRouter, **options: Any) -> AsyncIt
     try:
         listener = listen(config.host, config.port)
         async with (
-            aiohttp.ClientSession() as session,
+            # A client that keeps an idle connection makes the gateway's end wait for its last request.
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
             started(config, model, listener) as services,
             accepting(services, listener),
         ):

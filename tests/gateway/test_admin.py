@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,13 +30,8 @@ class Coordinator:
             return
         if self._code == "accepted":
             op = Operation(ask.id, ask.action, ask.process_kind, ask.count, self._phase, "", 1.0, 2.0, 3.0, 77)
-            view = make_view([], 50)
-            apply_view(self._g.services, type(view)(*[*_values(view)[:-1], [op]]))
+            apply_view(self._g.services, replace(make_view([], 50), operations=[op]))
         self._g.services.admin.take(OperateAnswer(ask.id, self._code, "because"))
-
-
-def _values(view: Any) -> list[Any]:
-    return [getattr(view, name) for name in type(view).__slots__]
 
 
 def test_operations_go_to_the_coordinator(model):
