@@ -80,6 +80,26 @@ async def read_status(session: aiohttp.ClientSession, url: str) -> Status:
         return Status.parse(time.perf_counter(), await response.json())
 
 
+@dataclass(frozen=True)
+class Event:
+    """An entry of the coordinator's timeline, at a time of `time.perf_counter`."""
+
+    at_s: float
+    type: str
+    subject: str
+
+
+async def read_events(session: aiohttp.ClientSession, url: str, since_s: float) -> list[Event]:
+    """The timeline of this machine's cluster from a moment of `time.perf_counter` on; raises like `read_status`."""
+    offset_s = time.time() - time.perf_counter()
+    since = int((since_s + offset_s) * 1e6)  # their ids are microseconds since 1970
+    async with session.get(f"{url.rstrip('/')}/admin/events?since={since}") as response:
+        if response.status != 200:
+            raise MoeringError(f"/admin/events answered {response.status}: {(await response.text())[:200]}")
+        events = (await response.json())["events"]
+    return [Event(float(e["at"]) - offset_s, e["type"], e["subject"]) for e in events]
+
+
 def kill(process: Process) -> float:
     """SIGKILL one process of this machine and return when. Raises `MoeringError` when its pid is not of its kind."""
     try:

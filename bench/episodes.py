@@ -7,11 +7,11 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 
-from bench.cluster import Process, Status, kill, read_status
+from bench.cluster import Event, Process, Status, kill, read_events, read_status
 from moering.errors import MoeringError
 
 
@@ -56,6 +56,7 @@ class Episode:
     after: Sequence[Status]
     wanted: int  # failures survivable when all is well
     streams: int  # under way at the kill, first token received
+    events: Sequence[Event] = ()  # of the coordinator's timeline, until all was as before
 
     @property
     def start_s(self) -> float:
@@ -93,6 +94,16 @@ class Episode:
         return next(s.at_s - self.start_s for s in self.after if s.at_s > after_s)
 
     @property
+    def detected_s(self) -> float | None:
+        """The coordinator knew that all of them were dead; by its timeline."""
+        return self._last_event("member.offline")
+
+    @property
+    def reloaded_s(self) -> float | None:
+        """All of them had loaded their experts again and served; by the coordinator's timeline."""
+        return self._last_event("member.online")
+
+    @property
     def over(self) -> bool:
         """Whether everything is as before the kill."""
         return self.replaced_s is not None and self.redundant_s is not None
@@ -110,6 +121,15 @@ class Episode:
 
     def _first(self, condition: Callable[[Status], bool]) -> float | None:
         return next((s.at_s - self.start_s for s in self.after if condition(s)), None)
+
+    def _last_event(self, type: str) -> float | None:
+        """When the last of the killed had its first event of this type after its kill; None unless all had one."""
+        firsts = [
+            next((e.at_s for e in self.events if (e.type, e.subject) == (type, k.process.id) and e.at_s > k.at_s), None)
+            for k in self.killed
+        ]
+        seen = [at_s for at_s in firsts if at_s is not None]
+        return max(seen) - self.start_s if len(seen) == len(firsts) else None
 
     def _all_replaced(self, status: Status) -> bool:
         now = status.processes
@@ -155,5 +175,8 @@ async def inject(
         after = [s for s in watcher.history[seen:] if s.at_s > killed[-1].at_s]
         episode = Episode(killed, before, after, wanted, streams)
         if episode.over or time.perf_counter() > killed[0].at_s + deadline_s:
-            return episode
+            events: list[Event] = []
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, MoeringError):  # the gateway may be dead too
+                events = await read_events(watcher.session, watcher.url, killed[0].at_s)
+            return replace(episode, events=events)
         await asyncio.sleep(watcher.period_s)

@@ -59,6 +59,13 @@ class Run:
         """Gaps of the run with faults, outside every fault: what the faults are held against."""
         return outside(self.spans(intervals), self.windows)
 
+    def longest_by_stream(self) -> list[float]:
+        """The longest gap of each stream in each fault."""
+        gaps: dict[int, list[Interval]] = {}
+        for recorded in self.observed:
+            gaps.setdefault(recorded.stream, []).extend(intervals(recorded.exchange))
+        return [max(found) for w in self.windows for spans in gaps.values() if (found := within(spans, w))]
+
 
 def account(run: Run) -> Account:
     """Every stream of the run with faults against the same request without failure."""

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import faults
+from bench import fault_run
 from bench.cluster import serving
 from bench.command import Figures, run_bench, verdict
 from bench.engine_client import Answers, EngineClient, router_address
@@ -234,12 +234,12 @@ async def _cluster(config: Config, checkpoint: Checkpoint, prompts: Prompts, eng
 
 
 async def _faults(config: Config, url: str, vocab: int) -> dict[str, Any]:
-    fault_config = faults.FaultConfig(
+    fault_config = fault_run.FaultConfig(
         model=config.model, url=url, expert_servers=config.expert_servers, replication=config.replication,
         times=config.kills, streams=config.fault_streams, requests=2 * config.fault_streams,
         output_tokens=str(config.tokens), vocab_size=vocab, restore_timeout=150.0, out=config.out,
     )  # fmt: skip
-    return report(await faults.run(fault_config))
+    return report(await fault_run.run(fault_config))
 
 
 def _loading(log: Path, expert_bytes: int) -> list[dict[str, float]]:

@@ -15,8 +15,8 @@ from bench.cluster import serving
 from bench.decode_rate import decode_rate
 from bench.engine_client import EngineClient, router_address
 from bench.fault_report import report
-from bench.faults import FaultConfig
-from bench.faults import run as run_faults
+from bench.fault_run import FaultConfig
+from bench.fault_run import run as run_faults
 from bench.gpu_end_to_end import _loading
 from bench.multi_gpu_config import Setting
 from bench.static_cost import ANSWER_S, READY_S, WARM_UP_TOKENS, make_prompts

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +36,7 @@ class FakeCluster:
         self.incarnations = dict.fromkeys(self.processes, 1)
         self.looks_left = self.lost = 0
         self.tokens_since_kill = -1
+        self.events: list[dict[str, Any]] = []
 
     def close(self) -> None:
         """End the idle processes."""
@@ -77,6 +79,15 @@ class FakeCluster:
             content["router_counters"] = dict.fromkeys(names, self.lost) | {"tokens_recomputed": 0}
         return web.json_response(content)
 
+    async def timeline(self, request: web.Request) -> web.Response:
+        """/admin/events"""
+        since = int(request.query["since"])
+        return web.json_response({"events": [e for e in self.events if e["id"] > since]})
+
+    def _event(self, type: str, subject: str) -> None:
+        now_s = time.time()
+        self.events.append({"id": int(now_s * 1e6), "at": now_s, "type": type, "subject": subject})
+
     def _reap(self) -> None:
         """Notice the dead, and replace them once the looks are over."""
         for id, process in self.processes.items():
@@ -84,10 +95,12 @@ class FakeCluster:
                 continue
             if self.looks_left == 0 and self.incarnations[id] >= 0:
                 self.looks_left, self.incarnations[id] = LOOKS_DEGRADED, -self.incarnations[id]
+                self._event("member.offline", id)
                 self.tokens_since_kill, self.lost = 0, self.lost + self.hits
             elif self.looks_left == 0:
                 process.communicate()
                 self.processes[id], self.incarnations[id] = self._spawn(), 1 - self.incarnations[id]
+                self._event("member.online", id)
 
     @staticmethod
     def _spawn() -> subprocess.Popen[bytes]:
@@ -106,7 +119,9 @@ def fake_cluster(
     """The URL of a fake cluster. `plant` changes one chunk, the fifth after the first kill."""
     cluster = FakeCluster(plant, expert_servers, counters, hits)
     try:
-        with serving_in_thread(cluster.completions, {"/admin/status": cluster.status}) as url:
+        with serving_in_thread(
+            cluster.completions, {"/admin/status": cluster.status, "/admin/events": cluster.timeline}
+        ) as url:
             yield url
     finally:
         cluster.close()

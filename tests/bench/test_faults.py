@@ -16,7 +16,7 @@ from tests.bench.fake_cluster import Plant, Tokens, fake_cluster
 @pytest.fixture(autouse=True)
 def _counters_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fake's counters are never late."""
-    monkeypatch.setattr("bench.faults.COUNTERS_S", 0.0)
+    monkeypatch.setattr("bench.fault_run.COUNTERS_S", 0.0)
 
 
 def bench(url: str, out: Path, *flags: str) -> tuple[int, dict[str, Any]]:
