@@ -68,7 +68,7 @@ class EngineClient:
     def abort(self) -> None:
         """End what the last `ask` asked for; what still comes of it is not for `answers`."""
         for i in range(self._asked):
-            self._socket.send(protocol.encode(Abort(f"{self._runs}-{i}", 0)))
+            transport.try_send(self._socket, [protocol.encode(Abort(f"{self._runs}-{i}", 0))])
 
     def close(self) -> None:
         """Close the socket; the router aborts what it still computes for it."""

@@ -1,8 +1,8 @@
 """The price and the failures of expert servers on several GPUs of one host: ``python -m bench.multi_gpu``.
 
-One router on the first GPU, one expert server on each of the others; with fewer than three of those, four servers share
-them while servers die, so that replicas, kills and recovery can be seen at all (processes take turns on a GPU, so that
-says nothing about speed). The weights are random, of Qwen3-30B-A3B's shape, as many of its layers as fit. The parts:
+One router on the first GPU, one expert server on each of the others; with fewer than three of those, three servers
+share them while servers die, so that replicas, kills and recovery can be seen at all (processes take turns on a GPU, so
+that says nothing about speed). The weights are random, of Qwen3-30B-A3B's shape, as many of its layers as fit. The parts:
 
 * *static*: tokens/s against the same engine with all experts inside, one copy on each GPU, at equal streams a GPU;
   *price*: the parts of a layer, from a router that takes their times.
@@ -63,7 +63,7 @@ class Bench:
             found: Figures = self.figures.setdefault("static", {})
             await self._part("static", lambda: static_cost(self._setting, found, self.save), 2)
         if set(_FAULTS) & set(parts):
-            await self._part("cluster for faults", self._faults, len(_FAULTS))
+            await self._part("cluster for faults", self._faults, 4)
         if "reload" in parts:
             await self._part("reload", self._reload)
         if "servers" in parts:
@@ -83,11 +83,11 @@ class Bench:
     async def _faults(self) -> None:
         s, parts = self._faulty, self._faulty.config.parts
         servers = s.gpus.servers
-        flags = s.serve_flags(servers, 2, s.config.fault_streams)
+        flags = s.serve_flags(servers, 2, 2 * s.config.fault_streams)
         async with serving(str(s.checkpoint), s.out / "cluster.log", flags, READY_S) as url:
             if "kills" in parts:
                 done: list[Figures] = self.figures.setdefault("kills", [])
-                await self._part("kills", lambda: kills(s, url, done, self.save))
+                await self._part("kills", lambda: kills(s, url, done, self.save), 2)
             if "still" in parts:
                 await self._part("still", lambda: self._still(url))
             if "at_once" in parts:

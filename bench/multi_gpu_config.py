@@ -15,7 +15,7 @@ from moering.errors import ConfigError, MoeringError
 PARTS = ("static", "price", "kills", "at_once", "still", "reload", "servers")
 MIN_APART = 3
 """Expert servers that have a GPU each; where there are fewer, `SHARED` of them share the GPUs for experts."""
-SHARED = 4
+SHARED = 3
 BLOCK_KEYS = 512
 
 
@@ -26,13 +26,13 @@ class Config:
     device: str = option("cuda", "cpu: for trying the bench out at a tiny size", choices=("cpu", "cuda"))
     parts: tuple[str, ...] = option(PARTS, "what to do, in this order, separated by commas")
     layers: int = option(0, "layers of the random checkpoint; the model has 48; 0: what fits")
-    fault_layers: int = option(8, "layers while servers die, where several share a GPU")
+    fault_layers: int = option(4, "layers while servers die, where several share a GPU")
     streams: tuple[str, ...] = option(("32", "1", "64", "8", "128"), "streams a GPU, in the order of their turn")
     rounds: int = option(3, "rounds of each comparison")
     window_s: float = option(1.0, "seconds of decoding that are measured each time, at least")
     prompt_tokens: int = option(16, "tokens of each prompt")
     fault_streams: int = option(64, "streams while servers die")
-    fault_tokens: int = option(24, "tokens of each of their outputs")
+    fault_tokens: int = option(48, "tokens of each of their outputs")
     kills: int = option(10, "SIGKILLs of one expert server")
     kills_each: int = option(5, "kills of one account; each is written when it is done")
     stops: int = option(2, "times that a server is stopped, and times that one's GPU hangs")

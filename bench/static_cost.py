@@ -65,6 +65,9 @@ async def static_cost(setting: Setting, figures: Figures, save: Callable[[], Non
             "two micro-batches": [EngineClient(two_address, ANSWER_S)],
         }
         comparison = _Comparison(setting, variants, make_prompts(setting, most))
+        if "price" in config.parts:
+            figures["price"] = await asyncio.to_thread(_price, setting, join, comparison.prompts)
+            save()
         if "static" in config.parts:
             figures["equal"] = await asyncio.to_thread(comparison.equal)
             save()
@@ -72,8 +75,6 @@ async def static_cost(setting: Setting, figures: Figures, save: Callable[[], Non
                 figures.setdefault("streams", {})[str(streams)] = await asyncio.to_thread(comparison.measure, streams)
                 print(f"static, {streams} streams a GPU: {figures['streams'][str(streams)]}", file=sys.stderr)
                 save()
-        if "price" in config.parts:
-            figures["price"] = await asyncio.to_thread(_price, setting, join, comparison.prompts)
 
 
 class _Comparison:

@@ -113,7 +113,10 @@ class ExpertServer:
         self._fingerprint = self._backend.fingerprint
         cp = self.checkpoint
         shape = (cp.num_layers, cp.num_experts, cp.hidden_size)
-        self.service.open(cp.path.name, cp.digest, shape, self._backend.compute)
+        backend = self._backend
+        self.service.open(
+            cp.path.name, cp.digest, shape, backend.compute, backend.max_tensor_bytes, backend.spin_s
+        )  # fmt: skip
         self._prepared.set()
 
     def _keep_loading(self) -> None:

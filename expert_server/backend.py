@@ -27,6 +27,16 @@ class Backend(Protocol):
         """Experts that it has room for; 0 where only the process's memory limits them."""
         ...
 
+    @property
+    def max_tensor_bytes(self) -> int:
+        """Rows that one message may bring: what a call should not be larger than, since it holds up the others."""
+        ...
+
+    @property
+    def spin_s(self) -> float:
+        """For how long the computing thread looks for the next message before it sleeps."""
+        ...
+
     def load(self, weights: ExpertWeights) -> Any:
         """One expert, ready to compute; its room is free again when nobody refers to it any more. Or `NoRoom`."""
         ...

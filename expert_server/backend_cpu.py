@@ -11,6 +11,7 @@ from kernels.expert_ffn import ExpertFFN, grouped_expert_ffn, numerics_fingerpri
 from kernels.linear import Backend
 from kernels.tensors import as_tensor
 from moering.checkpoint import ExpertWeights
+from moering.protocol import MAX_TENSOR_BYTES
 
 
 class CpuBackend:
@@ -31,6 +32,16 @@ class CpuBackend:
     def capacity(self) -> int:
         """No limit but the process's memory."""
         return 0
+
+    @property
+    def max_tensor_bytes(self) -> int:
+        """What keeps a long prompt from holding up decoding."""
+        return MAX_TENSOR_BYTES
+
+    @property
+    def spin_s(self) -> float:
+        """Never: its cores are the ones that compute."""
+        return 0.0
 
     def load(self, weights: ExpertWeights) -> ExpertFFN:
         """One expert, packed; the checkpoint's bytes are not kept."""

@@ -20,6 +20,7 @@ from kernels.triton_grouping import TILE_FIELDS, Grouping, list_tiles
 from kernels.triton_tiling import choose_tiling
 from moering.checkpoint import ExpertWeights
 from moering.errors import ConfigError
+from moering.protocol import MAX_FRAME_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ CALL_PAIRS = 1024
 """Pairs of one kernel call; more are computed piece by piece, with the same bits."""
 MEMORY_SHARE = 0.8
 """Of the free GPU memory, for experts, where no capacity is given."""
+SPIN_S = 0.002
+"""A machine with GPUs has cores to spare, and a virtual one takes 0.1 ms and more to wake a thread up."""
 _ALIGN = 64  # integers
 
 
@@ -44,7 +47,7 @@ class CudaBackend:
         torch.set_grad_enabled(False)
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: PyTorch finds no GPU")
-        self._device = torch.device(device)
+        self._device, self._hidden = torch.device(device), hidden
         if capacity == 0:
             free, _ = torch.cuda.mem_get_info()
             capacity = max(1, int(free * MEMORY_SHARE) // (6 * hidden * intermediate))
@@ -59,6 +62,16 @@ class CudaBackend:
     def capacity(self) -> int:
         """Slots."""
         return self._slots.capacity
+
+    @property
+    def max_tensor_bytes(self) -> int:
+        """One kernel call's, as far as a frame holds it: every message costs, a call of many pairs not much more."""
+        return min(CALL_PAIRS * 4 * self._hidden, MAX_FRAME_BYTES)
+
+    @property
+    def spin_s(self) -> float:
+        """See `SPIN_S`."""
+        return SPIN_S if self._device.type == "cuda" else 0.0
 
     def load(self, weights: ExpertWeights) -> CudaExpert:
         """One expert, as bf16, in a slot; the caller's thread waits for the copy, computations do not."""

@@ -42,11 +42,23 @@ class Service(threading.Thread):
         self.calls = 0  # of the grouped kernel
         self.epoch = 0
 
-    def open(self, model: str, digest: str, shape: tuple[int, int, int], compute: Compute) -> None:
-        """Begin to serve a checkpoint of `shape` = (layers, experts, hidden_size)."""
-        self._model, self._digest, self._compute = model, digest, compute
+    def open(
+        self,
+        model: str,
+        digest: str,
+        shape: tuple[int, int, int],
+        compute: Compute,
+        max_tensor_bytes: int = MAX_TENSOR_BYTES,
+        spin_s: float = 0.0,
+    ) -> None:
+        """Begin to serve a checkpoint of `shape` = (layers, experts, hidden_size).
+
+        Messages carry at most `max_tensor_bytes` of rows. After each, the next is looked for without a rest for
+        `spin_s`: a thread that sleeps wakes up late.
+        """
+        self._model, self._digest, self._compute, self._spin_s = model, digest, compute, spin_s
         hidden_size = shape[2]
-        self._max_pairs = max(1, MAX_TENSOR_BYTES // (4 * hidden_size))
+        self._max_pairs = max(1, max_tensor_bytes // (4 * hidden_size))
         self._limits = (*shape, self._max_pairs)
         self._segments = Segments(hidden_size)
         self._hidden = np.zeros((self._max_pairs, hidden_size), np.float32)
@@ -88,6 +100,11 @@ class Service(threading.Thread):
         return requests
 
     def _wait(self) -> list[bytes] | None:
+        until_s = time.perf_counter() + self._spin_s
+        while self._spin_s and time.perf_counter() < until_s:
+            if (found := transport.try_receive(self._socket)) is not None:
+                return found
+            time.sleep(0)  # lets the process's other threads run
         try:
             frames: list[bytes] = self._socket.recv_multipart()
         except zmq.Again:

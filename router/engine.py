@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,12 +50,13 @@ class Engine:
         threads: int,
         micro_batches: int,
         missing_expert_timeout_s: float,
+        spin_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._decoder, self._scheduler, self._exchange, self._frontend = decoder, scheduler, exchange, frontend
         self._sampler = sampler
         self._poller, self._clock, self._threads = poller, clock, threads
-        self._micro_batches = micro_batches
+        self._micro_batches, self._spin_s = micro_batches, spin_s
         self._parking = Parking(exchange, missing_expert_timeout_s, self._fail_missing, self._drop)
         self._wakeup = Wakeup()
         poller.register(self._wakeup.fd, zmq.POLLIN)
@@ -130,7 +132,7 @@ class Engine:
     def _poll(self) -> None:
         """Wait until something happens, and take note of it."""
         wait_ms = min(IDLE_POLL_MS, max(0.0, 1000 * (self._exchange.due_s - self._clock())))
-        ready = self._poller.poll(math.ceil(wait_ms))
+        ready = self._spin() or self._poller.poll(math.ceil(wait_ms))
         sockets = [socket for socket, _ in ready]
         if self._wakeup.fd in sockets:
             self._wakeup.clear()
@@ -145,6 +147,14 @@ class Engine:
         if self._exchange.changed:
             self._exchange.changed = False
             self._retry_parked()
+
+    def _spin(self) -> list[tuple[Any, int]]:
+        """Look for answers again and again, for `spin_s`, while any is awaited: a thread that sleeps wakes up late."""
+        until_s = self._clock() + self._spin_s
+        while self._spin_s and self._exchange.due_s < math.inf and self._clock() < until_s:
+            if ready := self._poller.poll(0):
+                return ready
+        return []
 
     def _receive(self) -> None:
         for gateway, message in self._frontend.receive():

@@ -68,7 +68,7 @@ def test_layers_fit_cards_of_80_gb(gpus: int, least: int, most: int) -> None:
 
 
 def test_servers_share_a_gpu_only_where_there_are_too_few() -> None:
-    assert [Gpus(("x",) * n, 80.0, "").servers for n in (1, 2, 3, 4, 8)] == [4, 4, 4, 3, 7]
+    assert [Gpus(("x",) * n, 80.0, "").servers for n in (1, 2, 3, 4, 8)] == [3, 3, 3, 3, 7]
 
 
 def test_an_unknown_part_is_refused() -> None:
