@@ -2,7 +2,7 @@
 
 One router on the first GPU, one expert server on each of the others; with fewer than three of those, three servers
 share them while servers die, so that replicas, kills and recovery can be seen at all (processes take turns on a GPU, so
-that says nothing about speed). The weights are random, of Qwen3-30B-A3B's shape, as many of its layers as fit. The parts:
+that says nothing about speed). The weights are random, of Qwen3-30B-A3B's shape, as many layers as fit. The parts:
 
 * *static*: tokens/s against the same engine with all experts inside, one copy on each GPU, at equal streams a GPU;
   *price*: the parts of a layer, from a router that takes their times.

@@ -62,6 +62,26 @@ def test_hello_is_welcomed_with_the_limits(router):
     assert message == Welcome("expert-0", 5, 100, protocol.MAX_TENSOR_BYTES // (4 * HIDDEN))
 
 
+def test_a_service_that_spins_answers_and_welcomes_with_its_own_limit(tmp_path):
+    residency = Residency()
+    residency.add((0, 3), 4.0, bytes(8))
+    socket = transport.make_socket(zmq.ROUTER)
+    address = transport.bind(socket, f"ipc://{tmp_path}/spinning")
+    spinning = Service(socket, "expert-0", 5, 100, residency)
+    spinning.start()
+    spinning.open("model", "digest", SHAPE, compute, max_tensor_bytes=10 * 4 * HIDDEN, spin_s=0.05)
+    router = Router(address)
+    message, _ = router.ask(protocol.encode(Hello("router", "r", 1, "model", "digest")))
+    assert message.max_rows == 10
+    for seq in (1, 2):  # the second one while it spins
+        reply, tensor = router.compute(dispatch([(0, 3)], seq=seq), rows(1))
+        assert reply.seq == seq and (np.frombuffer(tensor, np.float32) == rows(1)[0] * 4).all()
+    turns = spinning.progress
+    spinning.close()
+    assert not spinning.is_alive() and turns < 10  # an empty look is no turn
+    router.socket.close()
+
+
 @pytest.mark.parametrize(("model", "digest"), [("other", "digest"), ("model", "0ther")])
 def test_another_checkpoint_is_refused_with_both_named(router, model, digest):
     message, _ = router.ask(protocol.encode(Hello("router", "r", 1, model, digest)))

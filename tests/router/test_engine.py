@@ -63,6 +63,23 @@ def test_a_batch_gives_each_request_the_bits_it_has_alone(client, reference):
     assert client.until_ended(len(PROMPTS)) == reference
 
 
+class CountingPoller:
+    def __init__(self, poller):
+        self.poller, self.looks = poller, 0
+
+    def poll(self, timeout):
+        self.looks += timeout == 0
+        return self.poller.poll(timeout)
+
+
+def test_an_engine_that_spins_while_answers_are_awaited_gives_the_same_tokens(cluster, client, reference):
+    poller = cluster.engine._poller = CountingPoller(cluster.engine._poller)
+    cluster.engine._spin_s = 0.01
+    submit_all(client)
+    assert client.until_ended(len(PROMPTS)) == reference
+    assert poller.looks > sum(len(tokens) for tokens in reference.values())
+
+
 def test_a_resumed_request_goes_on_with_the_same_tokens(client, reference):
     tokens = [t for t, _ in reference["q3"]]
     client.tokens["q3"] = reference["q3"][:5]
