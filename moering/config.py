@@ -52,23 +52,6 @@ def parse(config: type[T], argv: Sequence[str], environ: Mapping[str, str] | Non
     return config(**{name: _value(fields[name], hints[name], value) for name, value in values.items()})
 
 
-def to_argv(config: object) -> list[str]:
-    """The flags that make `parse` return an equal object: how the launcher hands options to its processes."""
-    argv: list[str] = []
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        if value is None or value == field.default:
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        if field.metadata.get("positional"):
-            argv.append(str(value))
-        elif isinstance(value, bool):
-            argv.append(flag if value else "--no-" + flag[2:])
-        else:
-            argv.append(f"{flag}={','.join(value) if isinstance(value, tuple) else value}")
-    return argv
-
-
 def _add_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Field[Any], hint: Any) -> None:
     meta, flag = field.metadata, "--" + name.replace("_", "-")
     shown = f"{meta.get('help', '')} (default: {field.default})"

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from moering.config import option, parse, to_argv
+from moering.config import option, parse
 from moering.errors import ConfigError
 
 
@@ -109,24 +107,3 @@ def test_unknown_flags_and_choices_exit_with_status_2(argv: list[str], capsys: p
         read(*argv)
     assert exit.value.code == 2
     assert argv[-1] in capsys.readouterr().err
-
-
-words = st.text(st.characters(codec="utf-8", exclude_characters=",\0"), min_size=1).filter(lambda s: s == s.strip())
-
-
-@given(
-    st.builds(
-        Config,
-        model=words.filter(lambda s: not s.startswith("-")),
-        max_num_seqs=st.integers(),
-        budget_s=st.floats(allow_nan=False),
-        fast=st.booleans(),
-        careful=st.booleans(),
-        zone=st.none() | words,
-        limit=st.none() | st.integers(),
-        keys=st.lists(words).map(tuple),
-        backend=st.sampled_from(["auto", "packed"]),
-    )
-)
-def test_to_argv_is_the_inverse_of_parse(config: Config) -> None:
-    assert parse(Config, to_argv(config), {}) == config

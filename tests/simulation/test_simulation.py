@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-SCHEDULES = 2400
+SCHEDULES = 2000
 PROCESSES = 2
 
 
