@@ -78,6 +78,8 @@ async def _traffic(config: Config, path: Path, share: str) -> dict[str, Any]:
         clients, stop = Streams(session, url, bodies, config.streams), asyncio.Event()
         streaming = asyncio.create_task(clients.until(stop))
         try:
+            while not clients.flowing():
+                await asyncio.sleep(0.01)
             steps = [
                 await perform(session, url, f"scale={count}", asked)
                 for _ in range(config.rounds)
