@@ -16,7 +16,7 @@ SERVE_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint fault-matrix soak simulate compose-test bench-load bench-faults bench-kernels clean
+.PHONY: help serve test check lint fault-matrix hosts-test soak simulate compose-test bench-load bench-faults bench-kernels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -40,6 +40,9 @@ simulate: $(DEV_STAMP) ## random fault schedules on virtual time: make simulate 
 
 fault-matrix: $(DEV_STAMP) ## every cell of docs/fault-matrix.md against real processes
 	$(BIN)/python -m pytest tests/faults/test_cells.py --fault-cells all --junitxml build/fault-matrix.xml -o junit_family=xunit1 $(ARGS)
+
+hosts-test: $(DEV_STAMP) ## two gateways and routers on network namespaces as hosts; as root on Linux, else it fails and says so
+	$(BIN)/python -m pytest tests/hosts/hosts.py $(ARGS)
 
 soak: $(DEV_STAMP) ## 200 cycles of kill and rejoin; nothing may grow
 	$(BIN)/python -m tests.faults.soak $(or $(CYCLES),200)
