@@ -21,9 +21,12 @@ class Routes:
 
     def follow(self, view: View) -> None:
         """Go by this plan from now on."""
-        shape = (view.layers, view.experts, view.width)
-        self._routing = np.frombuffer(view.routing, "<i2").reshape(shape)
-        self._absent = np.zeros(shape, bool)
+        if view.layers:
+            shape = (view.layers, view.experts, view.width)
+            self._routing = np.frombuffer(view.routing, "<i2").reshape(shape)
+        else:  # a coordinator that has met no expert server yet plans nothing: all is nowhere
+            self._routing = np.full_like(self._routing, -1)
+        self._absent = np.zeros(self._routing.shape, bool)
         self.servers = list(view.servers)
         self.changed()
 

@@ -44,6 +44,18 @@ def sends(instructions):
     return [i.dispatch for i in instructions if isinstance(i, Send)]
 
 
+@pytest.mark.parametrize("plan_before", [False, True])
+def test_a_view_without_a_plan_leaves_every_slot_missing(plan_before):
+    d = dispatcher() if plan_before else Dispatcher()
+    old = sends(d.submit(1, 0, topk(2), None, False, 0.0)) if plan_before else []
+    d.view_changed(view(np.empty((0, 0, 0)), servers=(), epoch=2), 0.0)
+    out = d.submit(2, 0, topk(2), None, False, 0.0)
+    assert [(i.work, list(i.missing)) for i in out] == [(2, [0, 1, 2, 3])]
+    out = d.tick(1e9)  # what is outstanding is late beyond measure, and nobody else is known
+    assert not sends(out)
+    assert d.works.keys() == ({1} if old else set())
+
+
 def test_each_slot_goes_once_to_the_first_replica_of_its_expert():
     d, ids = dispatcher(), topk(HIDDEN_ROWS)
     out = sends(d.submit(1, 0, ids, None, False, 0.0))
