@@ -74,8 +74,8 @@ def quantized(shape: Shape, kind: str) -> QuantizedExperts:
     def weight(rows: int, depth: int) -> QuantizedWeight:
         if kind == "mxfp4":
             data = torch.randint(0, 256, (shape.local, depth // 64, rows, 32), dtype=torch.uint8, device="cuda")
-            scale = torch.randint(118, 122, (shape.local, depth // 32, rows), dtype=torch.uint8, device="cuda")
-            return QuantizedWeight(data, scale)
+            scale = torch.randint(118, 122, (shape.local, depth // 64, rows, 2), dtype=torch.uint8, device="cuda")
+            return QuantizedWeight(data.view(torch.int32), scale.view(torch.int16).squeeze(-1))
         data = torch.empty(shape.local, rows, depth, dtype=torch.float8_e4m3fn, device="cuda")
         for expert in range(shape.local):
             data[expert] = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.triton_expert_ffn import check_biases
 from kernels.triton_grouping import Grouping, PairGrouper
-from kernels.triton_quantized_gemm import FP8_BLOCK, MXFP4_GROUP, quantized_down_kernel, quantized_gate_up_kernel
+from kernels.triton_quantized_gemm import FP8_BLOCK, MXFP4_RUN, quantized_down_kernel, quantized_gate_up_kernel
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class QuantizedWeight:
     """One stacked projection of all local experts, [experts, rows, depth].
 
     fp8: data [experts, rows, depth] float8_e4m3fn, scale [experts, rows / 128, depth / 128] float32.
-    MXFP4, as `pack_mxfp4` leaves it: data [experts, depth / 64, rows, 32] and scale [experts, depth / 32, rows], uint8.
+    MXFP4, as `pack_mxfp4` leaves it: data [experts, depth / 64, rows, 8] int32, scale [experts, depth / 64, rows] int16.
     """
 
     data: torch.Tensor
@@ -27,43 +27,55 @@ class QuantizedWeight:
     @property
     def mxfp4(self) -> bool:
         """Which of the two formats."""
-        return self.data.dtype == torch.uint8
+        return self.data.dtype == torch.int32
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(experts, rows, depth) of the weights."""
         if self.mxfp4:
             experts, runs, rows, _ = self.data.shape
-            return experts, rows, runs * 2 * MXFP4_GROUP.value
+            return experts, rows, runs * MXFP4_RUN.value
         experts, rows, depth = self.data.shape
         return experts, rows, depth
 
     def check(self) -> None:
         """Raise ValueError unless shapes, types and alignment are what the kernels read."""
         experts, rows, depth = self.shape
-        unit = 2 * MXFP4_GROUP.value if self.mxfp4 else FP8_BLOCK.value
+        unit = MXFP4_RUN.value if self.mxfp4 else FP8_BLOCK.value
         if depth % unit or (not self.mxfp4 and rows % unit):
             raise ValueError(f"{self.data.dtype} weights of shape {self.shape} are no multiples of {unit}")
         block = FP8_BLOCK.value
-        wanted = (experts, depth // MXFP4_GROUP.value, rows) if self.mxfp4 else (experts, rows // block, depth // block)
-        if self.scale.shape != wanted or self.scale.dtype != (torch.uint8 if self.mxfp4 else torch.float32):
+        wanted = (experts, depth // MXFP4_RUN.value, rows) if self.mxfp4 else (experts, rows // block, depth // block)
+        if self.scale.shape != wanted or self.scale.dtype != (torch.int16 if self.mxfp4 else torch.float32):
             raise ValueError(f"scales {tuple(self.scale.shape)} {self.scale.dtype}, want {wanted}")
         if not (self.data.is_contiguous() and self.scale.is_contiguous()):
             raise ValueError("weights and scales must be contiguous")
+
+
+MXFP4_SCALES = range(18, 145)
+"""Scales that the kernels take, as stored (exponent + 127): times a weight and 2^-16 they are normal bf16 numbers."""
 
 
 def pack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
     """Rearrange a checkpoint's layout once.
 
     blocks: [experts, rows, depth / 2] uint8, weight 2i in the low nibble of byte i; scales: [experts, rows, depth / 32]
-    uint8. The result has runs of 32 bytes, whose low nibbles are 32 weights and whose high nibbles the next 32.
+    uint8. In the result 32 weights of a row are four words, as a thread of the tensor cores wants them: word c has
+    columns 8j + 2c in nibbles j of its low half, and 8j + 2c + 1 in those of its high half.
+
+    Raises ValueError for scales outside `MXFP4_SCALES`.
     """
     experts, rows, half = blocks.shape
     if half % 32:
         raise ValueError(f"depth {2 * half} is no multiple of 64")
-    weights = torch.stack([blocks & 15, blocks >> 4], dim=-1).view(experts, rows, half // 32, 2, 32)
-    packed = weights[:, :, :, 0] | (weights[:, :, :, 1] << 4)
-    return QuantizedWeight(packed.transpose(1, 2).contiguous(), scales.transpose(1, 2).contiguous())
+    if int(scales.min()) not in MXFP4_SCALES or int(scales.max()) not in MXFP4_SCALES:
+        raise ValueError(f"scales {int(scales.min())} to {int(scales.max())}, want {MXFP4_SCALES}")
+    weights = torch.stack([blocks & 15, blocks >> 4], dim=-1).view(experts, rows, half // 32, 2, 4, 4, 2)
+    weights = weights.permute(0, 2, 1, 3, 5, 6, 4)  # experts, runs, rows, half of the run, word, odd, nibble
+    nibbles = weights.reshape(experts, half // 32, rows, 8, 4, 2)
+    packed = (nibbles[..., 0] | (nibbles[..., 1] << 4)).contiguous().view(torch.int32).squeeze(-1)
+    pairs = scales.view(experts, rows, half // 32, 2).transpose(1, 2).contiguous().view(torch.int16).squeeze(-1)
+    return QuantizedWeight(packed, pairs)
 
 
 @dataclass(frozen=True)
@@ -156,9 +168,9 @@ class QuantizedExperts:
 
     @staticmethod
     def _descriptor(weight: QuantizedWeight, parts: int, block_n: int) -> TensorDescriptor:
-        data = weight.data.view(torch.int16) if weight.mxfp4 else weight.data
-        width, step = data.shape[-1], 16 if weight.mxfp4 else FP8_BLOCK.value
-        return TensorDescriptor.from_tensor(data.view(-1, weight.shape[1] // parts, width), [parts, block_n, step])
+        width, step = weight.data.shape[-1], 8 if weight.mxfp4 else FP8_BLOCK.value
+        data = weight.data.view(-1, weight.shape[1] // parts, width)
+        return TensorDescriptor.from_tensor(data, [parts, block_n, step])
 
     def _launch(self, tiling: QuantizedTiling) -> dict[str, int | bool]:
         return {

@@ -97,12 +97,16 @@ if DEVICE == "cuda":  # the interpreter multiplies with numpy, whose bits follow
 
 def test_packing_keeps_every_weight() -> None:
     blocks = torch.arange(64, dtype=torch.uint8).view(1, 2, 32)  # byte 1 of row 0 holds weights 2 (low) and 3 (high)
-    packed = pack_mxfp4(blocks, torch.full((1, 2, 2), 127, dtype=torch.uint8))
-    assert packed.data.shape == (1, 1, 2, 32)
+    scales = torch.tensor([[[120, 121], [122, 123]]], dtype=torch.uint8)
+    packed = pack_mxfp4(blocks, scales)
+    assert packed.data.shape == (1, 1, 2, 8)
     assert packed.shape == (1, 2, 64)
     nibbles = torch.stack([blocks & 15, blocks >> 4], dim=-1).view(2, 64)
-    assert torch.equal(packed.data[0, 0] & 15, nibbles[:, :32])
-    assert torch.equal(packed.data[0, 0] >> 4, nibbles[:, 32:])
+    for column in range(64):
+        half, rest = divmod(column, 32)
+        word = packed.data[0, 0, :, 4 * half + rest % 8 // 2].to(torch.int64)
+        assert torch.equal(word >> (rest % 2 * 16 + rest // 8 * 4) & 15, nibbles[:, column].to(torch.int64))
+    assert packed.scale.tolist() == [[[120 + (121 << 8), 122 + (123 << 8)]]]
 
 
 def test_arguments_are_checked() -> None:
@@ -115,6 +119,8 @@ def test_arguments_are_checked() -> None:
         QuantizedExperts(QuantizedWeight(w13.data[:, :, :64].contiguous(), w13.scale), w2)
     with pytest.raises(ValueError, match="multiple of 64"):
         pack_mxfp4(torch.zeros(1, 2, 16, dtype=torch.uint8), torch.zeros(1, 2, 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="want range"):
+        pack_mxfp4(torch.zeros(1, 2, 32, dtype=torch.uint8), torch.full((1, 2, 2), 145, dtype=torch.uint8))
     experts = QuantizedExperts(w13, w2)
     with pytest.raises(ValueError, match="bfloat16"):
         experts.forward(torch.zeros(1, 128, device=DEVICE), ints([0]))
