@@ -87,7 +87,7 @@ def quantized(shape: Shape, kind: str) -> QuantizedExperts:
 
 def quantized_run(experts: QuantizedExperts, case: Case) -> Run:
     """What to time of one batch; the full path sums nothing."""
-    tiling = choose_quantized_tiling(case.pairs, experts.num_experts, experts.w13.mxfp4)
+    tiling = choose_quantized_tiling(case.pairs, experts.num_experts, experts.w13.mxfp4, experts.hidden)
     grouping = PairGrouper(experts.num_experts, case.hidden.device).group(
         case.experts, case.pair_rows, 1, tiling.block_m
     )

@@ -18,7 +18,7 @@ class QuantizedWeight:
     """One stacked projection of all local experts, [experts, rows, depth].
 
     fp8: data [experts, rows, depth] float8_e4m3fn, scale [experts, rows / 128, depth / 128] float32.
-    MXFP4, as `pack_mxfp4` leaves it: data [experts, depth / 64, rows, 8] int32, scale [experts, depth / 64, rows] int16.
+    MXFP4, as `pack_mxfp4` leaves: data [experts, depth / 64, rows, 8] int32; scale [experts, depth / 64, rows] int16.
     """
 
     data: torch.Tensor
@@ -90,15 +90,15 @@ class QuantizedTiling:
     group_m: int = 8
 
 
-def choose_quantized_tiling(pairs: int, num_experts: int, mxfp4: bool) -> QuantizedTiling:
-    """The tiling for `pairs` pairs over `num_experts` local experts."""
+def choose_quantized_tiling(pairs: int, num_experts: int, mxfp4: bool, hidden: int) -> QuantizedTiling:
+    """The tiling for `pairs` pairs over `num_experts` local experts; measured at hidden 2048, 4096 and 7168."""
+    if pairs <= 8 or (pairs <= 10 * num_experts and not mxfp4):
+        return QuantizedTiling(16, 32, 64, 4, 4)
     if pairs <= 10 * num_experts:
-        if not mxfp4:
-            return QuantizedTiling(16, 32, 64, 4, 4)
-        return QuantizedTiling(16, 128 if pairs > 2 * num_experts else 64, 128, 4, 3)
+        return QuantizedTiling(16, 128 if pairs >= 2 * num_experts and hidden <= 4096 else 64, 128, 4, 3)
     if pairs <= 20 * num_experts:
-        return QuantizedTiling(32, 128, 128, 4, 3) if mxfp4 else QuantizedTiling(32, 64, 64, 4, 3)
-    return QuantizedTiling(64, 64, 64, 4, 3)
+        return QuantizedTiling(32, 64, 128 if mxfp4 else 64, 4, 3)
+    return QuantizedTiling(64, 64, 128 if mxfp4 else 64, 4, 3)
 
 
 class QuantizedExperts:
@@ -143,7 +143,7 @@ class QuantizedExperts:
             out = hidden_states.new_empty(pairs, self.hidden)
         if pairs == 0:
             return out
-        tiling = tiling or choose_quantized_tiling(pairs, self.num_experts, self.w13.mxfp4)
+        tiling = tiling or choose_quantized_tiling(pairs, self.num_experts, self.w13.mxfp4, self.hidden)
         grouping = self._grouper.group(experts, rows, top_k, tiling.block_m)
         activations = hidden_states.new_empty(pairs, self.intermediate)
         self.gate_up(hidden_states, grouping, activations, tiling)

@@ -52,7 +52,7 @@ def _widen(packed, low_scale, high_scale, ASM: tl.constexpr):
             }""",
             "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
             [packed, scale],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            dtype=(tl.bfloat16,) * 8,
             is_pure=True,
             pack=1,
         )

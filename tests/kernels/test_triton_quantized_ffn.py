@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -90,7 +91,8 @@ if DEVICE == "cuda":  # the interpreter multiplies with numpy, whose bits follow
         ids = torch.rand(4096, 8, generator=torch.Generator().manual_seed(5)).topk(2).indices.to(DEVICE, torch.int32)
         ids = ids.contiguous()
         wanted = experts.forward(hidden_states, ids.view(-1), top_k=2)[: 2 * rows].view(torch.int16)
-        for tiling in [choose_quantized_tiling(n, 8, kind) for n in (1, 40, 100, 4096) for kind in (True, False)]:
+        for n, kind in itertools.product((1, 12, 40, 100, 4096), (True, False)):
+            tiling = choose_quantized_tiling(n, 8, kind, 256)
             got = experts.forward(hidden_states[:rows], ids[:rows].reshape(-1), top_k=2, tiling=tiling)
             assert torch.equal(got.view(torch.int16), wanted)
 
