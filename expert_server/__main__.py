@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,13 +20,14 @@ from typing import Any
 
 import zmq
 
+from expert_server import standby
 from expert_server.config import Config
 from expert_server.loader import Loader, targets
 from expert_server.memory import default_capacity, release_free_memory
 from expert_server.pace import Pace
 from expert_server.priority import at_low_priority
 from expert_server.read_ahead import ReadAhead
-from expert_server.residency import Residency
+from expert_server.residency import Key, Residency
 from expert_server.service import Service
 from moering import transport
 from moering.checkpoint import Checkpoint
@@ -58,7 +60,7 @@ class ExpertServer:
         pace = Pace(
             config.share_of_core(), config.expert_s(self.checkpoint.expert_bytes), lambda: self.service.calls
         )  # fmt: skip
-        self.loader = Loader(self.id, self._load, self.residency, self._report, self._read.announce, pace.rest_s)
+        self.loader = Loader(self.id, self._load, self.residency, self._report, self._announce, pace.rest_s)
         self.state = "JOINING"
         self._identity = MemberInfo(
             "expert-server", self.id, self.incarnation, self.address, os.getpid(), "JOINING", config.zone, 0, 0
@@ -109,7 +111,7 @@ class ExpertServer:
         from expert_server.backend import make_backend
 
         c = self.config
-        self._backend = make_backend(c.device, c.backend, c.threads, self.checkpoint, c.capacity)
+        self._backend = make_backend(c.device, c.backend, c.threads, self.checkpoint, c.capacity, c.host_replicas)
         self._fingerprint = self._backend.fingerprint
         cp = self.checkpoint
         shape = (cp.num_layers, cp.num_experts, cp.hidden_size)
@@ -126,12 +128,29 @@ class ExpertServer:
             while True:
                 view = self.loader.wait_for_change(view)
                 if self.state != "JOINING" and view is not None:
-                    self.loader.reconcile(view, online=True)
+                    if self.loader.reconcile(view, online=True):
+                        self._refill_host_replicas(view)
                     release_free_memory()
         except MoeringError as e:
             self._fail(e)
 
+    def _announce(self, keys: Sequence[Key]) -> None:
+        """What will be loaded next, for reading ahead."""
+        replicas = self._backend.host_replicas
+        at_hand = set() if replicas is None else replicas.keys()
+        self._read.announce([key for key in keys if key not in at_hand])
+
+    def _refill_host_replicas(self, view: View) -> None:
+        replicas = self._backend.host_replicas
+        if replicas is not None:
+            rest = partial(self.loader.rest, view)
+            standby.refill(view, self.id, replicas, self.checkpoint.expert, rest, time.monotonic)
+
     def _load(self, layer: int, expert: int) -> tuple[Any, bytes]:
+        replicas = self._backend.host_replicas
+        promoted = None if replicas is None else replicas.promote((layer, expert))
+        if promoted is not None:
+            return promoted
         weights = self._read(layer, expert)
         return self._backend.load(weights), weights.digest
 

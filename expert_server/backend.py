@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from expert_server.standby import HostReplicas
 from moering.checkpoint import Checkpoint, ExpertWeights
 from moering.errors import MoeringError
 
@@ -37,6 +38,11 @@ class Backend(Protocol):
         """For how long the computing thread looks for the next message before it sleeps."""
         ...
 
+    @property
+    def host_replicas(self) -> HostReplicas | None:
+        """Further experts in host memory, where that is not where they are computed."""
+        ...
+
     def load(self, weights: ExpertWeights) -> Any:
         """One expert, ready to compute; its room is free again when nobody refers to it any more. Or `NoRoom`."""
         ...
@@ -52,10 +58,13 @@ class Backend(Protocol):
         ...
 
 
-def make_backend(device: str, arithmetic: str, threads: int, checkpoint: Checkpoint, capacity: int) -> Backend:
+def make_backend(
+    device: str, arithmetic: str, threads: int, checkpoint: Checkpoint, capacity: int, host_replicas: int = 0
+) -> Backend:
     """The backend of `device`, "cpu" or "cuda"; imports torch. `capacity`: experts, 0 to go by the memory at hand.
 
-    Raises `ConfigError` where the device is not there or has no room for an expert.
+    `host_replicas`: further ones in pinned host memory. Raises `ConfigError` where the device is not there or has no
+    room for an expert.
     """
     if device == "cpu":
         from expert_server.backend_cpu import CpuBackend
@@ -63,4 +72,4 @@ def make_backend(device: str, arithmetic: str, threads: int, checkpoint: Checkpo
         return CpuBackend(arithmetic, threads)  # type: ignore[arg-type]
     from expert_server.backend_cuda import CudaBackend
 
-    return CudaBackend(checkpoint.hidden_size, checkpoint.moe_intermediate_size, capacity, threads)
+    return CudaBackend(checkpoint.hidden_size, checkpoint.moe_intermediate_size, capacity, threads, host_replicas)

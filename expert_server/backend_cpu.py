@@ -29,6 +29,11 @@ class CpuBackend:
         return numerics_fingerprint(self._arithmetic)
 
     @property
+    def host_replicas(self) -> None:
+        """What is in host memory is usable at once here."""
+        return None
+
+    @property
     def capacity(self) -> int:
         """No limit but the process's memory."""
         return 0

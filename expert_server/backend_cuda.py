@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from expert_server.host_replicas_cuda import PinnedReplicas
 from expert_server.slots_cuda import CudaExpert, Slots
-from kernels.tensors import as_tensor
 from kernels.triton_expert_ffn import GroupedExperts, numerics_fingerprint
 from kernels.triton_grouping import TILE_FIELDS, Grouping, list_tiles
 from kernels.triton_tiling import choose_tiling
@@ -37,11 +37,17 @@ class CudaBackend:
     """See `expert_server.backend.Backend`. Weights and rows are bf16, results of a bf16 product in float32 frames."""
 
     def __init__(
-        self, hidden: int, intermediate: int, capacity: int = 0, threads: int = 1, device: str = "cuda"
+        self,
+        hidden: int,
+        intermediate: int,
+        capacity: int = 0,
+        threads: int = 1,
+        host_replicas: int = 0,
+        device: str = "cuda",
     ) -> None:
         """`capacity`: experts; 0: what fits into `MEMORY_SHARE` of the memory that is free now.
 
-        `threads`: of copies on the host.
+        `threads`: of copies on the host.  `host_replicas`: further experts that pinned memory has room for.
         """
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
@@ -53,6 +59,7 @@ class CudaBackend:
             capacity = max(1, int(free * MEMORY_SHARE) // (6 * hidden * intermediate))
         self._workspace = _Workspace(hidden, intermediate, self._device)
         self._slots = Slots(hidden, intermediate, capacity, self._device)
+        self.host_replicas = PinnedReplicas(self._slots, host_replicas)
         self._kernels = GroupedExperts(self._slots.w13, self._slots.w2)
         self.fingerprint = numerics_fingerprint(self._device)
         self._warm_up(hidden)
@@ -75,8 +82,7 @@ class CudaBackend:
 
     def load(self, weights: ExpertWeights) -> CudaExpert:
         """One expert, as bf16, in a slot; the caller's thread waits for the copy, computations do not."""
-        raw = (weights.gate_proj, weights.up_proj, weights.down_proj)
-        return self._slots.load(*(as_tensor(t.dtype, t.shape, t.data) for t in raw))
+        return self._slots.load(weights)
 
     def compute(
         self,

@@ -25,6 +25,7 @@ class Config:
     threads: int = option(1, "threads of one product")
     device: str = option("cpu", "where experts are held and computed", choices=("cpu", "cuda"))
     capacity: int = option(0, "experts that fit in memory; 0: what fits in 80 % of the memory that is free at start")
+    host_replicas: int = option(0, "further experts in pinned host memory, ready for the GPU (with --device cuda)")
     backend: str = option("auto", "CPU arithmetic", choices=("auto", "packed", "portable"))
     credit_rows: int = option(4096, "rows that one router may have outstanding here")
     load_threads: int = option(1, "experts read and hashed at once while loading; more than 1 needs cores to spare")
@@ -40,6 +41,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.load_share <= 1 or self.load_mb_per_s < 0:
             raise ConfigError("load_share must be from 0 to 1, and load_mb_per_s not negative")
+        if self.host_replicas < 0 or (self.host_replicas and self.device != "cuda"):
+            raise ConfigError("host_replicas are for --device cuda, and not negative")
 
     def share_of_core(self) -> float:
         """What background loading may take of a core, in (0, 1]."""

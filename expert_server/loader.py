@@ -103,6 +103,11 @@ class Loader:
             logger.info("loaded %d experts in %.1f s", len(missing), time.monotonic() - started)
         return True
 
+    def rest(self, view: View, took_s: float) -> bool:
+        """Rest after background work that took `took_s`; False when there is a newer view to turn to."""
+        with self._changed:
+            return not self._changed.wait_for(lambda: self._view is not view, self._rest_s(took_s))
+
     def _rest(self, view: View, orphans: set[Key], seconds: float) -> None:
         """Wait, but no longer than until a newer view asks for something else."""
         with self._changed:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from expert_server.backend import NoRoom
+from kernels.tensors import as_tensor
+from moering.checkpoint import ExpertWeights
 from moering.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -45,24 +47,24 @@ class Slots:
         self.capacity = self.w13.shape[0]
         self._free = list(range(self.capacity - 1, -1, -1))
         self._released = threading.Condition(threading.RLock())  # a finalizer may run within any allocation here
-        self._cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
-        size = 3 * intermediate * hidden
-        self._staging = torch.empty(size, dtype=torch.bfloat16, pin_memory=self._cuda)
+        self.on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self.on_gpu else None
+        self.expert_size = 3 * intermediate * hidden
+        self._staging = torch.empty(self.expert_size, dtype=torch.bfloat16, pin_memory=self.on_gpu)
 
-    def load(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> CudaExpert:
+    def load(self, weights: ExpertWeights) -> CudaExpert:
         """Copy an expert's weights to a free slot and wait until they are there; one thread at a time.
 
         Raises `NoRoom` when no slot gets free.
         """
+        flatten(weights, self._staging)
+        return self.fill(self._staging)
+
+    def fill(self, source: torch.Tensor) -> CudaExpert:
+        """The same for weights that `flatten` has put into pinned memory."""
         expert = self._take()
-        parts = (gate, up, down)
-        start = 0
-        for part in parts:
-            self._staging[start : start + part.numel()].copy_(part.reshape(-1))
-            start += part.numel()
         w13, w2 = self.w13[expert.slot].view(-1), self.w2[expert.slot].view(-1)
-        self._copy(((w13, self._staging[: w13.numel()]), (w2, self._staging[w13.numel() :])))
+        self._copy(((w13, source[: w13.numel()]), (w2, source[w13.numel() :])))
         return expert
 
     def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -86,6 +88,15 @@ class Slots:
         with self._released:
             self._free.append(slot)
             self._released.notify_all()
+
+
+def flatten(weights: ExpertWeights, out: torch.Tensor) -> None:
+    """An expert's three projections, one after another, as bf16: gate and up, then down."""
+    start = 0
+    for raw in (weights.gate_proj, weights.up_proj, weights.down_proj):
+        part = as_tensor(raw.dtype, raw.shape, raw.data)
+        out[start : start + part.numel()].copy_(part.reshape(-1))
+        start += part.numel()
 
 
 def _allot(hidden: int, intermediate: int, capacity: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

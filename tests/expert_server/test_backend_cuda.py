@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import expert_server.backend_cuda as module
-from expert_server import slots_cuda
+from expert_server import host_replicas_cuda, slots_cuda
 from expert_server.backend import NoRoom
 from expert_server.backend_cuda import CudaBackend
 from kernels import expert_ffn, reference
@@ -34,7 +35,7 @@ def backend():
     patch.setattr(module, "CALL_PAIRS", 64)
     patch.setattr(slots_cuda, "COPY_BYTES", 4000)
     patch.setattr(slots_cuda, "WAIT_S", 0.2)
-    yield CudaBackend(HIDDEN, INTER, 4, device=DEVICE)
+    yield CudaBackend(HIDDEN, INTER, 4, host_replicas=3, device=DEVICE)
     patch.undo()
 
 
@@ -83,6 +84,51 @@ def test_loading_waits_for_a_slot_that_a_computation_still_uses(backend, checkpo
     held[2] = None
     loader.join(30)
     assert [expert.slot for expert in loaded] == [slot]
+
+
+def test_a_replica_from_host_memory_is_the_expert_itself(backend, checkpoint):
+    gc.collect()
+    host = backend.host_replicas
+    host.put((0, 1), checkpoint.expert(0, 1))
+    host.put((0, 2), checkpoint.expert(0, 2))
+    assert host.promote((0, 3)) is None
+    promoted, digest = host.promote((0, 2))
+    assert digest == checkpoint.expert(0, 2).digest
+    loaded = backend.load(checkpoint.expert(0, 2))
+    hidden = np.random.default_rng(2).standard_normal((2, HIDDEN), np.float32)
+    outs = []
+    for expert in (promoted, loaded):
+        outs.append(np.full((2, HIDDEN), np.nan, np.float32))
+        backend.compute(hidden, np.arange(2), [2], [expert], outs[-1])
+    assert np.isfinite(outs[0]).all()
+    assert np.array_equal(*outs)
+    host.keep({(0, 2)})
+    assert host.keys() == {(0, 2)}
+    for e in (4, 5):  # there is room again for what was forgotten
+        host.put((0, e), checkpoint.expert(0, e))
+    assert len(host.keys()) == host.capacity == 3
+    host.keep(set())
+
+
+def test_no_free_slot_leaves_the_replica_in_host_memory(backend, checkpoint):
+    gc.collect()
+    backend.host_replicas.put((0, 1), checkpoint.expert(0, 1))
+    held = [backend.load(checkpoint.expert(0, e)) for e in range(4)]
+    with pytest.raises(NoRoom):
+        backend.host_replicas.promote((0, 1))
+    held.pop()
+    assert backend.host_replicas.promote((0, 1)) is not None
+    backend.host_replicas.keep(set())
+
+
+def test_too_little_host_memory_means_fewer_replicas(monkeypatch):
+    monkeypatch.setattr(host_replicas_cuda, "default_capacity", lambda expert_bytes: 2)
+    slots = slots_cuda.Slots(64, 32, 1, torch.device(DEVICE))
+    assert host_replicas_cuda.PinnedReplicas(slots, 5).capacity == 2
+    monkeypatch.setattr(slots, "on_gpu", True)
+    runtime = SimpleNamespace(cudaHostRegister=lambda at, size, flags: 2 if size else 0)  # out of memory, every time
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    assert host_replicas_cuda.PinnedReplicas(slots, 5).capacity == 0
 
 
 def test_out_of_memory_at_the_start_means_less_capacity(monkeypatch):
