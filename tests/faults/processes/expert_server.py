@@ -29,7 +29,7 @@ def install(agent: Agent) -> None:
     """Put the points into the product's classes."""
     wrap(product.ExpertServer, "_prepare", lambda go, server: (agent.hit("joining"), go()))
     wrap(product.ExpertServer, "_load", lambda go, server, *key: _load(agent, go, server, *key))
-    wrap(Service, "open", lambda go, service, *args: go(*args[:-1], _slowed(service, args[-1])))
+    wrap(Service, "open", lambda go, service, *args: go(*args[:3], _slowed(service, args[3]), *args[4:]))
     wrap(Service, "_answer", lambda go, service, group: _answer(agent, go, service, group))
     wrap(Service, "_send", lambda go, service, *args: _send(agent, go, service, *args))
 
