@@ -12,6 +12,8 @@ _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0
 _TOKEN_S = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 Samples = Callable[[], dict[str, float]]
+ByLayer = Callable[[], dict[str, dict[str, list[float]]]]
+"""Name → router → a value for each layer; 0 where there is none."""
 
 
 class Metrics:
@@ -36,9 +38,9 @@ class Metrics:
         )
         self.http_responses = Counter("moering_http_responses", "HTTP responses by status", ["status"], registry=r)
 
-    def expose(self, gauges: Samples, counters: Samples) -> None:
-        """Also export `moering_<name>` for what the two functions return at each scrape."""
-        self._registry.register(_StateCollector(gauges, counters))
+    def expose(self, gauges: Samples, counters: Samples, by_layer: ByLayer) -> None:
+        """Also export `moering_<name>` for what the functions return at each scrape."""
+        self._registry.register(_StateCollector(gauges, counters, by_layer))
 
     def render(self) -> bytes:
         """The text format."""
@@ -46,11 +48,18 @@ class Metrics:
 
 
 class _StateCollector(Collector):
-    def __init__(self, gauges: Samples, counters: Samples) -> None:
-        self._gauges, self._counters = gauges, counters
+    def __init__(self, gauges: Samples, counters: Samples, by_layer: ByLayer) -> None:
+        self._gauges, self._counters, self._by_layer = gauges, counters, by_layer
 
     def collect(self) -> Iterator[Metric]:
         for name, value in self._gauges().items():
             yield GaugeMetricFamily(f"moering_{name}", name.replace("_", " "), value=value)
         for name, value in self._counters().items():
             yield CounterMetricFamily(f"moering_{name}", name.replace("_", " "), value=value)
+        for name, routers in self._by_layer().items():
+            family = GaugeMetricFamily(f"moering_{name}", name.replace("_", " "), labels=["router", "layer"])
+            for router, values in routers.items():
+                for layer, value in enumerate(values):
+                    if value:
+                        family.add_metric([router, str(layer)], value)
+            yield family

@@ -76,21 +76,24 @@ class RouterPool:
                 total[name] += value
         return dict(total)
 
+    def living_stats(self) -> dict[str, RouterStats]:
+        """The last figures of each living router, by server id."""
+        alive = {server_id for server_id, _ in self._members}
+        return {server_id: stats for server_id, stats in self.stats.items() if server_id in alive}
+
     def router_gauges(self) -> dict[str, float]:
         """Of each gauge the largest value among the living routers: the fullest cache, the longest queue."""
-        alive = {server_id for server_id, _ in self._members}
         largest: dict[str, float] = {}
-        for stats in (s for server_id, s in self.stats.items() if server_id in alive):
+        for stats in self.living_stats().values():
             for name, value in stats.gauges.items():
                 largest[name] = max(value, largest.get(name, value))
         return largest
 
     def passed_over(self) -> dict[str, dict[str, str]]:
         """By expert server: which living routers let others come first, and why."""
-        alive = {server_id for server_id, _ in self._members}
         reasons: defaultdict[str, dict[str, str]] = defaultdict(dict)
-        for router, stats in self.stats.items():
-            for server, why in stats.passed_over.items() if router in alive else ():
+        for router, stats in self.living_stats().items():
+            for server, why in stats.passed_over.items():
                 reasons[server][router] = why
         return dict(reasons)
 

@@ -95,6 +95,10 @@ def make_services(config: Config, model: Model, own: MemberInfo) -> Services:
             "stalled_clients": guard.cut_count,
             **{f"router_{name}": value for name, value in pool.router_counters().items()},
         },
+        by_layer=lambda: {
+            "expert_load_max_over_mean": {r: s.expert_balance for r, s in pool.living_stats().items()},
+            "server_load_max_over_mean": {r: s.server_balance for r, s in pool.living_stats().items()},
+        },
     )
     return Services(config, own, model, journal, pool, cluster, metrics, guard, Admin(admin_keys(config)))
 

@@ -16,6 +16,7 @@ class Rules:
     rejoin_grace_s: float = 5.0
     settle_s: float = 15.0
     allow_inexact: bool = False
+    rebalance_s: float = 60.0  # 0: never
 
 
 @dataclass(frozen=True, slots=True)

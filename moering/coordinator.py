@@ -53,6 +53,7 @@ class Config:
     election_ttl_s: int = option(3, "with etcd: a coordinator silent for so long is replaced; etcd's least is 2")
     settle_s: float = option(15.0, "longest wait for --expert-servers, from the first one on")
     allow_inexact: bool = option(False, "admit expert servers whose results differ in the last bits")
+    rebalance_s: float = option(60.0, "look so often whether experts' popularity calls for moves; 0: never")
     insecure: bool = option(False, "bind addresses that other machines reach; there is no authentication yet")
     advertise: str = option("", "host name that members use, where it is not the bound one")
 
@@ -61,8 +62,8 @@ class Config:
             raise ConfigError("replication must be at least 1, expert_servers not negative")
         if self.lease_s < 2.0:
             raise ConfigError(f"lease_s {self.lease_s:g}: members renew every second, so at least 2")
-        if min(self.rejoin_grace_s, self.settle_s) < 0:
-            raise ConfigError("rejoin_grace_s and settle_s must not be negative")
+        if min(self.rejoin_grace_s, self.settle_s, self.rebalance_s) < 0:
+            raise ConfigError("rejoin_grace_s, settle_s and rebalance_s must not be negative")
         if self.election_ttl_s < 2:
             raise ConfigError(f"election_ttl_s {self.election_ttl_s} is below 2, etcd's shortest lease")
 
@@ -76,7 +77,7 @@ class Coordinator:
         self.address = transport.bind(self.socket, config.bind, insecure=config.insecure, advertise=config.advertise)
         self._rules = Rules(
             config.expert_servers, config.replication, config.lease_s, config.rejoin_grace_s, config.settle_s,
-            config.allow_inexact,
+            config.allow_inexact, config.rebalance_s,
         )  # fmt: skip
         self._own = MemberInfo("coordinator", config.id, incarnation(), self.address, os.getpid(), "ONLINE", "", 0, 0)
         self.membership = Membership(self._rules, self._own, clock(), epoch_s=self._epoch_s())

@@ -18,6 +18,7 @@ from typing import Any
 from moering.actions import Action, Rules, Send
 from moering.admission import STATES, Admission, check_fields, read_view
 from moering.drain import told_to_drain
+from moering.drift import Drift
 from moering.errors import HandshakeError, ProtocolError
 from moering.first_plan import FirstPlan
 from moering.operations.book import Operations
@@ -64,6 +65,7 @@ class Membership:
         self.view: View | None = None
         self._tables: Tables | None = None
         self._popularity: Popularity | None = None
+        self._drift = Drift(rules.rebalance_s, now_s)
         self._recovery = Recovery(rules.lease_s)
         self._replan = False
         self._dirty = True  # something happened that members may have to be told
@@ -274,6 +276,7 @@ class Membership:
                 self.placement.lose(server_id, keep_share=False)
         self._dirty |= self.roster.forget(now_s) or verdict.doubtful != self._doubtful
         self._doubtful = verdict.doubtful
+        self._level(now_s)
         actions: list[Action] = [*verdict.probes]
         waiting = self.placement is not None and self.placement.plan is None
         if self._dirty or waiting:
@@ -291,13 +294,26 @@ class Membership:
             len(list(self.roster.alive("expert-server"))), now_s
         ):
             return
-        assert self._popularity is not None
-        self.placement.popularity = self._popularity.tokens(now_s)
+        self._measure(now_s)
         if self._replan or self.placement.plan is None:
             self._replan = False
             self.placement.replan()
         self.placement.doubtful = self._doubtful
         self.placement.assign_orphans()
+
+    def _measure(self, now_s: float) -> None:
+        if self.placement is not None and self._popularity is not None:
+            self.placement.popularity = self._popularity.tokens(now_s)
+
+    def _level(self, now_s: float) -> None:
+        """Follow the popularity of experts, while nothing else changes."""
+        if self._replan or not self._drift.due(now_s):
+            return
+        self._measure(now_s)
+        levelled = self._drift.follow(self.placement, self._doubtful, now_s)
+        if levelled is not None:
+            self._dirty = True
+            self._event("plan.levelled", "", levelled, now_s)
 
     def _recover(self, now_s: float) -> None:
         """Go on from the newest view that members brought; those of it who are not back are dead."""

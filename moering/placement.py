@@ -16,7 +16,7 @@ import numpy.typing as npt
 from moering import ring
 from moering.popularity import ranks
 from moering.protocol import View
-from moering.tables import Pairs, Replicas, Tables, columns, pack, pick, widen
+from moering.tables import Pairs, Replicas, Tables, columns, pack, pick, ways_of, widen
 
 SERVING = ("ONLINE", "DRAINING")
 
@@ -41,7 +41,7 @@ class Placement:
         self.layers, self.experts, self.replication = layers, experts, replication
         self.servers: dict[str, Server] = {}
         self.plan: ring.Plan | None = None
-        self.popularity: npt.NDArray[np.float64] | None = None  # tokens per [layer, expert], for the next plan
+        self.popularity: npt.NDArray[np.float64] | None = None  # tokens per [layer, expert], None: unknown
         self.doubtful: AbstractSet[str] = frozenset()
         """Look dead without proof: theirs is loaded elsewhere too, but nothing is taken from them."""
         self._digests: npt.NDArray[np.uint64] = np.zeros((layers, experts), np.uint64)
@@ -111,6 +111,17 @@ class Placement:
         """Plan anew for the servers that are here or awaited, starting from what is planned and held."""
         self.plan = self._plan(self._members())
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether all servers are ONLINE and every replica of the plan, and no other, is there."""
+        servers = tuple(sorted(self.servers))
+        here = all(s.state == "ONLINE" and not s.gone for s in self.servers.values())
+        return here and self.plan is not None and np.array_equal(self._stack(servers, "held"), self._mask(servers))
+
+    def levelled(self, moves: int) -> ring.Plan:
+        """The plan for the same servers with their loads levelled, at most `moves` replicas moved for that alone."""
+        return self._plan(self._members(), moves)
+
     def assign_orphans(self) -> None:
         """Give experts that no server serves to servers that are ONLINE, without waiting for the dead.
 
@@ -163,7 +174,7 @@ class Placement:
         shape = (view.layers, view.experts, view.width)
         target = np.frombuffer(view.target, "<i2").reshape(shape).astype(np.int16)
         routing = np.frombuffer(view.routing, "<i2").reshape(shape).astype(np.int16)
-        self.plan = ring.Plan(tuple(view.servers), target, np.ones(shape[:2], np.uint8))
+        self.plan = ring.Plan(tuple(view.servers), target, ways_of(view))
         self._note_use(tuple(view.servers), routing, view.epoch)
 
     def _members(self) -> list[ring.Member]:
@@ -175,9 +186,9 @@ class Placement:
         """Those who are neither dead nor in doubt."""
         return [m for m in self._members() if not self.servers[m.server_id].gone and m.server_id not in self.doubtful]
 
-    def _plan(self, members: list[ring.Member]) -> ring.Plan:
-        popularity = self.popularity
-        return ring.plan(self._previous(), members, popularity, self.replication, self.layers, self.experts)
+    def _plan(self, members: list[ring.Member], moves: int = 0) -> ring.Plan:
+        shape = self.replication, self.layers, self.experts
+        return ring.plan(self._previous(), members, self.popularity, *shape, moves)
 
     def _previous(self) -> ring.Plan | None:
         """The plan, and for experts whose planned replicas are not all up the other holders, who need not load."""
@@ -223,7 +234,10 @@ class Placement:
         under = ring.under_target(routing, self.replication)
         restorable = ring.failures_restorable(self._able(), self.replication, self.layers * self.experts)
         popularity = b"" if self.popularity is None else ranks(self.popularity)
-        return Tables(servers, routing, target, survivable, ring.orphans(routing), under, restorable, popularity)
+        ways = np.ones((self.layers, self.experts), np.uint8) if self.plan is None else self.plan.ways
+        return Tables(
+            servers, routing, target, survivable, ring.orphans(routing), under, restorable, popularity, ways
+        )  # fmt: skip
 
     def published(self, tables: Tables, epoch: int) -> None:
         """Members are told `tables` as `epoch`: from now on routers may use its routing."""

@@ -208,6 +208,8 @@ class RouterStats:
     counters: dict[str, float]
     gauges: dict[str, float]
     passed_over: dict[str, str] = dataclasses.field(default_factory=dict)  # expert server id → why others come first
+    expert_balance: list[float] = dataclasses.field(default_factory=list)  # max/mean of rows per layer, of late;
+    server_balance: list[float] = dataclasses.field(default_factory=list)  # 0 for a layer without any
 
 
 # --- member ⇄ coordinator --------------------------------------------------------------------------------------------
@@ -281,6 +283,7 @@ class View:
     failures_restorable: int = -1  # further failures after which memory allows full redundancy again; -1: not even now
     operations: list[Operation] = dataclasses.field(default_factory=list)  # the last ones, the newest at the end
     popularity: bytes = b""  # uint8 [layers, experts] (`moering.popularity.ranks`): loaded first; empty: not known
+    ways: bytes = b""  # uint8 [layers, experts]: how many of the first of `routing` share the rows; empty: all 1
 
 
 @_message("register")

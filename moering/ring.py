@@ -128,14 +128,19 @@ def plan(
     replication: int,
     layers: int,
     experts: int,
+    moves: int = 0,
 ) -> Plan:
     """The placement for `members`, as close to `previous` as the rules of this module allow.
 
-    `popularity` [layers, experts] counts tokens, None means equal. An expert may end with fewer replicas than
-    `replication`, or none, where memory or servers do not suffice. Raises `PlanError` for arguments without meaning.
+    `popularity` [layers, experts] counts tokens; None: not known, the experts that `previous` shares among servers are
+    hot and the others equal. `moves` replicas may move to level the loads though nobody came or went. An expert may end
+    with fewer replicas than `replication`, or none, where memory or servers do not suffice. Raises `PlanError` for
+    arguments without meaning.
     """
-    weights = _weights(popularity, layers, experts)
     _check(previous, members, replication, layers, experts)
+    if popularity is None and previous is not None:
+        popularity = _assumed(previous, len(members))
+    weights = _weights(popularity, layers, experts)
     active = sorted((m for m in members if m.state in ("JOINING", "ONLINE")), key=lambda m: m.server_id)
     servers = tuple(m.server_id for m in active)
     domains = [_domain(m.server_id, m.zone) for m in active]
@@ -147,8 +152,8 @@ def plan(
     _fill(board)
     lost = int(np.minimum(board.copies, replication).sum()) - kept
     joined = previous is None or not set(servers) <= set(previous.servers)
-    eps = EPS_PLANNED if joined else EPS_FAILURE
-    budget = _budget(board, previous, servers, lost)
+    eps = EPS_PLANNED if joined or moves else EPS_FAILURE
+    budget = _budget(board, previous, servers, lost) + moves
     if budget and servers:
         budget = level_counts(board, eps, spread_domains(board, budget))
     return _finish(servers, level_loads(board, eps, budget), replication)
@@ -169,6 +174,15 @@ def _weights(popularity: npt.NDArray[np.floating] | None, layers: int, experts: 
     sums = tokens.sum(axis=1, keepdims=True)
     shares: list[list[float]] = np.where(sums > 0, tokens / np.where(sums > 0, sums, 1), 1 / experts).tolist()
     return shares
+
+
+def _assumed(previous: Plan, servers: int) -> npt.NDArray[np.float64]:
+    """Tokens that would have led to the `ways` of `previous`: its hot experts stay hot until more is known."""
+    ways = previous.ways.astype(np.float64)
+    hot = np.where(ways > 1, (ways - 0.5) / max(servers, 1), 0.0)
+    hot *= np.minimum(1, 0.9 / np.maximum(hot.sum(axis=1, keepdims=True), 1e-9))  # something is left for the others
+    rest = (1 - hot.sum(axis=1, keepdims=True)) / np.maximum((ways <= 1).sum(axis=1, keepdims=True), 1)
+    return np.where(ways > 1, hot, rest)
 
 
 def _check(previous: Plan | None, members: Sequence[Member], replication: int, layers: int, experts: int) -> None:

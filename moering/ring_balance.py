@@ -86,18 +86,23 @@ def _crowding_after(board: Board, layer: int, expert: int, source: int, target: 
 
 
 def level_loads(board: Board, eps: float, budget: int) -> list[LayerOrder]:
-    """Order all layers, moving replicas while the fullest server's tokens exceed (1 + eps) × the mean."""
-    orders = []
-    for layer in range(board.layers):
-        order = _order(board, layer)
-        while budget > 1 and board.size and max(order.load) * board.size > (1 + eps) * sum(order.load):
+    """Order all layers, moving replicas while the fullest server's tokens exceed (1 + eps) × the mean, worst first."""
+    orders = [_order(board, layer) for layer in range(board.layers)]
+    excess = [_max_over_mean(order) for order in orders]
+    for layer in sorted(range(board.layers), key=lambda n: (-excess[n], n)):
+        order = orders[layer]
+        while budget > 1 and _max_over_mean(order) > 1 + eps:
             better = next(filter(None, (_try(board, layer, order, m) for m in _load_moves(board, layer, order))), None)
             if better is None:
                 break
             order, moves = better
             budget -= moves
-        orders.append(order)
+        orders[layer] = order
     return orders
+
+
+def _max_over_mean(order: LayerOrder) -> float:
+    return max(order.load, default=0.0) * len(order.load) / (sum(order.load) or 1.0)
 
 
 def _order(board: Board, layer: int) -> LayerOrder:
@@ -130,6 +135,7 @@ def _load_moves(board: Board, layer: int, order: LayerOrder) -> Iterator[list[Mo
             if gives:
                 give = min(gives, key=lambda e: (abs(_share(board, layer, order, e, source) - gap / 2), e))
                 yield from _with_return(board, layer, order, (give, source, target))
+            yield from _exchange(board, layer, order, source, target)
 
 
 def _with_return(board: Board, layer: int, order: LayerOrder, move: Move) -> Iterator[list[Move]]:
@@ -140,6 +146,18 @@ def _with_return(board: Board, layer: int, order: LayerOrder, move: Move) -> Ite
     if back:
         take = min(back, key=lambda e: (_share(board, layer, order, e, target), board.weights[layer][e], e))
         yield [move, (take, target, source)]
+
+
+def _exchange(board: Board, layer: int, order: LayerOrder, source: int, target: int) -> Iterator[list[Move]]:
+    """The two experts whose exchange levels the two servers best: where each one of the fuller server's is too much."""
+    gap = order.load[source] - order.load[target]
+    gives = {e: _share(board, layer, order, e, source) for e in _movable(board, layer, source, target)}
+    takes = {e: _share(board, layer, order, e, target) for e in _movable(board, layer, target, source)}
+    pairs = [(abs(g - t - gap / 2), give, take) for give, g in gives.items() for take, t in takes.items() if t > 0]
+    if pairs:
+        left, give, take = min(pairs)
+        if left < gap / 2:
+            yield [(give, source, target), (take, target, source)]
 
 
 def _share(board: Board, layer: int, order: LayerOrder, expert: int, server: int) -> float:

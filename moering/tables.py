@@ -14,6 +14,8 @@ from moering.protocol import MemberInfo, Operation, View
 
 Pairs = npt.NDArray[np.bool_]
 Replicas = npt.NDArray[np.int16]
+Ways = npt.NDArray[np.uint8]
+"""[layers, experts]: how many of the first replicas share an expert's tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +30,7 @@ class Tables:
     under_target: int
     failures_restorable: int
     popularity: bytes  # see `View`
+    ways: Ways
 
     def same_as(self, other: Tables | None) -> bool:
         """Whether nothing has changed that members need to be told. Popularity alone is no news."""
@@ -37,6 +40,7 @@ class Tables:
             and self.failures_restorable == other.failures_restorable
             and np.array_equal(self.routing, other.routing)
             and np.array_equal(self.target, other.target)
+            and np.array_equal(self.ways, other.ways)
         )
 
 
@@ -84,4 +88,11 @@ def make_view(
         tables.target.astype("<i2").tobytes(), replication, tables.failures_survivable, tables.orphans,
         tables.under_target, failures_restorable=tables.failures_restorable, operations=operations,
         popularity=tables.popularity,
+        ways=tables.ways.tobytes() if (tables.ways > 1).any() else b"",
     )  # fmt: skip
+
+
+def ways_of(view: View) -> Ways:
+    """The `ways` of a view that was checked."""
+    shape = view.layers, view.experts
+    return np.frombuffer(view.ways, np.uint8).reshape(shape) if view.ways else np.ones(shape, np.uint8)

@@ -14,6 +14,8 @@ def check_view(view: View) -> None:
         raise ProtocolError("view: negative or impossible sizes")
     if len(view.popularity) not in (0, view.layers * view.experts):
         raise ProtocolError(f"view: popularity of {len(view.popularity)} bytes does not match its shape")
+    if len(view.ways) not in (0, view.layers * view.experts):
+        raise ProtocolError(f"view: ways of {len(view.ways)} bytes do not match its shape")
     for table in (view.routing, view.target):
         if len(table) != 2 * view.layers * view.experts * view.width:
             raise ProtocolError(f"view: a table of {len(table)} bytes does not match its shape")

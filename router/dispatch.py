@@ -18,10 +18,11 @@ import numpy as np
 from moering.errors import ProtocolError
 from moering.protocol import View
 from router import race
+from router.balance import Balance
 from router.choose import Health
 from router.instructions import Complete, Counters, Dispatch, Instruction, Poisoned, Role
 from router.outbox import Outbox
-from router.packing import Packet, pack, split
+from router.packing import Packet, split
 from router.quarantine import POISON_DEATHS, QUARANTINE_DEATHS, Part, Quarantine
 from router.routes import Routes
 from router.watch import Watch
@@ -36,6 +37,7 @@ class Dispatcher:
     def __init__(self) -> None:
         self.counters = Counters()
         self._replaced_at_s: list[float] = []
+        self.balance = Balance()
         self.routes = Routes()
         self.health = self.routes.health
         self.outbox = Outbox(self.counters)
@@ -154,6 +156,8 @@ class Dispatcher:
     def view_changed(self, view: View, now_s: float) -> None:
         """Route by a newer plan from now on. What is outstanding stays where it is: old replicas answer still."""
         self.routes.follow(view)
+        if view.layers:
+            self.balance.reshape(view.layers, view.experts)
 
     def tick(self, now_s: float) -> list[Instruction]:
         """Judge who is late or slow. Call it when `due_s` has come and everything that has arrived was taken in."""
@@ -164,21 +168,26 @@ class Dispatcher:
         routes = self.routes.now(now_s)
         return routes[layer, experts] >= 0 if len(routes) else np.zeros(len(experts), bool)
 
+    def how_even(self) -> tuple[list[float], list[float]]:
+        """Max/mean of late, by layer, of the rows of each expert and of those of each server. Call it every second."""
+        return self.balance.report(self.routes.in_use)
+
     # --- the inside, also for `Watch` ---
 
     def _send(self, work: int, slots: np.ndarray | None, deaths: int, now_s: float) -> list[Instruction]:
         """Dispatch these slots of a work to the servers of their experts; those without one become `missing`."""
-        w, routes = self.works[work], self.routes.now(now_s)
-        if not len(routes):  # no plan yet: a gateway heard of this router before this router of the plan
+        w = self.works[work]
+        if not len(self.routes.now(now_s)):  # no plan yet: a gateway heard of us before we of the plan
             w.miss(np.arange(len(w.experts)) if slots is None else slots, deaths)
             return []
         instructions: list[Instruction] = []
-        for packet in pack(slots, w.experts, routes[w.layer], w.top_k):
+        for packet in self.routes.packets(w, slots, now_s):
             if packet.server < 0:
                 w.miss(packet.slots, deaths)
                 continue
             for d in self.make(work, packet, Role.OWNER, deaths):
                 w.outstanding += 1
+                self.balance.sent(d.server, w.layer, len(d.slots))
                 instructions += self.outbox.give(d, now_s)
         return instructions
 

@@ -185,7 +185,8 @@ class Engine:
         self._next_look_s = now + IDLE_POLL_MS / 1000
         if now >= self._next_report_s:
             self._next_report_s = now + REPORT_S
-            self._frontend.report(self.counters(), self.gauges(), self._exchange.passed_over)
+            even = self._exchange.dispatcher.how_even()
+            self._frontend.report(self.counters(), self.gauges(), self._exchange.passed_over, *even)
         self._exchange.connect_missing()
         for sequence in self._scheduler.expired(now):
             self._fail(sequence, "timeout", "the request's deadline has passed")
@@ -214,7 +215,9 @@ class Engine:
         flight.until_experts()
         _, topk_ids, _ = flight.expert_arrays()
         if self.loads.size:
-            self.loads[flight.layer] += np.bincount(topk_ids.reshape(-1), minlength=self.loads.shape[1])
+            counts = np.bincount(topk_ids.reshape(-1), minlength=self.loads.shape[1])
+            self.loads[flight.layer] += counts
+            self._exchange.dispatcher.balance.chosen(flight.layer, counts)
         self._exchange.submit(flight)
 
     def _advance(self, finished: Finished) -> None:

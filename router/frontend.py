@@ -69,10 +69,19 @@ class Frontend:
             self._send(gateway, Tokens(tokens))
         self._tokens.clear()
 
-    def report(self, counters: dict[str, float], gauges: dict[str, float], passed_over: dict[str, str]) -> None:
+    def report(
+        self,
+        counters: dict[str, float],
+        gauges: dict[str, float],
+        passed_over: dict[str, str],
+        expert_balance: list[float],
+        server_balance: list[float],
+    ) -> None:
         """Send the router's figures to all gateways."""
+        own = self._welcome.server_id
+        stats = RouterStats(own, counters, gauges, passed_over, expert_balance, server_balance)
         for gateway in list(self._gateways):
-            self._send(gateway, RouterStats(self._welcome.server_id, counters, gauges, passed_over))
+            self._send(gateway, stats)
 
     def fail(self, gateway: bytes, request_id: str, attempt: int, code: str, message: str) -> None:
         """End a request with an error, after the tokens it already has."""

@@ -70,8 +70,13 @@ def pack_many(slots: np.ndarray | None, experts: np.ndarray, route: np.ndarray, 
     """`pack` with arrays."""
     slots = np.arange(len(experts)) if slots is None else slots
     chosen = experts[slots]
-    servers = route[chosen].astype(np.int64)
-    order = (servers * len(route) + chosen).argsort(kind="stable")
+    return pack_for(slots, chosen, route[chosen], top_k)
+
+
+def pack_for(slots: np.ndarray, chosen: np.ndarray, servers: np.ndarray, top_k: int) -> list[Packet]:
+    """The packets for `slots`, given the expert and the server of each; int [slots] all three."""
+    servers = servers.astype(np.int64)
+    order = (servers * (int(chosen.max(initial=0)) + 1) + chosen).argsort(kind="stable")
     slots, chosen, servers = slots[order], chosen[order], servers[order]
     starts = [0, *(np.flatnonzero(servers[1:] != servers[:-1]) + 1).tolist(), len(servers)]
     return [_packet(int(servers[a]), slots[a:b], chosen[a:b], top_k) for a, b in pairwise(starts)]

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from moering.protocol import View
+from moering.tables import ways_of
 from router.choose import GONE, LATE, Health, choose, rank_all
+from router.packing import Packet, pack
+from router.sharing import Shares, find_shares, pack_shared
+from router.work import Work
 
 
 class Routes:
@@ -18,6 +22,9 @@ class Routes:
         self._absent = np.zeros((0, 0, 1), bool)
         self._route = np.full((0, 0), -1, np.int16)
         self._valid_until_s = 0.0
+        self._ways = np.ones((0, 0), np.uint8)
+        self._shares: dict[int, Shares] = {}
+        self._turns: dict[int, int] = {}  # by layer; one for all would give every second layer the same replica always
 
     def follow(self, view: View) -> None:
         """Go by this plan from now on."""
@@ -27,6 +34,7 @@ class Routes:
         else:  # a coordinator that has met no expert server yet plans nothing: all is nowhere
             self._routing = np.full_like(self._routing, -1)
         self._absent = np.zeros(self._routing.shape, bool)
+        self._ways = ways_of(view) if view.layers else np.ones(self._routing.shape[:2], np.uint8)
         self.servers = list(view.servers)
         self.changed()
 
@@ -44,10 +52,26 @@ class Routes:
     def now(self, now_s: float) -> np.ndarray:
         """The server of each expert, an index into `servers`; -1: none. int16 [layers, experts]."""
         if now_s >= self._valid_until_s:
-            self._route = choose(self._routing, self._absent, rank_all(self.servers, self.health, now_s))
+            ranks = rank_all(self.servers, self.health, now_s)
+            self._route = choose(self._routing, self._absent, ranks)
+            self._shares = find_shares(self._routing, self._absent, ranks, self._ways)
             bans = [h.banned_until_s for h in self.health.values() if h.banned_until_s > now_s]
             self._valid_until_s = min(bans, default=float("inf"))
         return self._route
+
+    def packets(self, work: Work, slots: np.ndarray | None, now_s: float) -> list[Packet]:
+        """These slots of a work (None: all) by the servers that they go to now. There must be a plan."""
+        layer, route = work.layer, self.now(now_s)[work.layer]
+        shares = self._shares.get(layer)
+        if not shares:
+            return pack(slots, work.experts, route, work.top_k)
+        turn = self._turns[layer] = self._turns.get(layer, -1) + 1
+        return pack_shared(slots, work.experts, route, work.top_k, shares, turn)
+
+    @property
+    def in_use(self) -> list[str]:
+        """The servers that the plan sends any rows to, health aside."""
+        return [self.servers[s] for s in np.unique(self._routing).tolist() if s >= 0]
 
     def around(self, layer: int, server: str, now_s: float) -> np.ndarray:
         """The same for one layer without `server` and without any that is late: int16 [experts]."""

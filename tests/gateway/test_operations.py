@@ -106,6 +106,24 @@ def test_figures_of_the_routers_are_shown(model):
     run(main())
 
 
+def test_balance_is_shown_by_router_and_layer(model):
+    async def main():
+        router = FakeRouter("r0")
+        async with gateway(model, router) as g:
+            router.send(RouterStats("r0", {}, {}, {}, [1.5, 0.0, 3.0], [1.0, 0.0, 1.25]))
+            await g.until(lambda: len(g.services.pool.stats) == 1)
+            lines = (await g.get("/metrics"))[1].splitlines()
+            shown = {line for line in lines if "max_over_mean{" in line}
+            assert shown == {
+                'moering_expert_load_max_over_mean{layer="0",router="r0"} 1.5',
+                'moering_expert_load_max_over_mean{layer="2",router="r0"} 3.0',
+                'moering_server_load_max_over_mean{layer="0",router="r0"} 1.0',
+                'moering_server_load_max_over_mean{layer="2",router="r0"} 1.25',
+            }
+
+    run(main())
+
+
 def test_request_ids_are_echoed_or_made(model):
     async def main():
         async with gateway(model, FakeRouter()) as g:
