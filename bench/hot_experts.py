@@ -54,7 +54,8 @@ def ours(previous: Plan | None, tokens: np.ndarray, servers: int) -> Plan:
     if previous is not None and imbalance(previous, tokens).max() <= TOLERATED:
         return previous
     moves = 0 if previous is None else max(2, int(MOVED_SHARE * REPLICATION * tokens.size))
-    return plan(previous, members(servers, tokens.size), tokens, REPLICATION, *tokens.shape, moves)
+    layers, experts = tokens.shape
+    return plan(previous, members(servers, tokens.size), tokens, REPLICATION, layers, experts, moves)
 
 
 def ring_alone(previous: Plan | None, tokens: np.ndarray, servers: int) -> Plan:
@@ -67,7 +68,7 @@ def ring_alone(previous: Plan | None, tokens: np.ndarray, servers: int) -> Plan:
 
 def eplb_rule(previous: Plan | None, tokens: np.ndarray, servers: int) -> Plan:
     """Replicas by load, packed by least load, from scratch each time. See the module."""
-    layers, experts = tokens.shape
+    experts = tokens.shape[1]
     places = int(ROOM * REPLICATION * experts) // servers
     packed = [_pack(layer, _replicate(layer, places * servers, servers), places, servers) for layer in tokens]
     width = max(len(row) for rows in packed for row in rows)
@@ -128,7 +129,7 @@ def drifting(config: Config) -> list[np.ndarray]:
 
 
 def simulate(name: str, servers: int, popularity: Sequence[np.ndarray]) -> Row:
-    """One rule on so many servers: balance at the start, and over the steps as they are planned for and as they came."""
+    """One rule on so many servers: balance at the start, and over the steps, before and after planning."""
     p = RULES[name](None, popularity[0], servers)
     row: Row = {"rule": name, "servers": servers, "replicas": int((p.replicas >= 0).sum())}
     row["single"] = int(((p.replicas >= 0).sum(axis=2) < 2).sum())
@@ -198,8 +199,8 @@ PAGE = """# Hot experts
 
 Written by `python -m bench.hot_experts`: arithmetic, no machine, the same figures from the same seed ({c.seed}).
 {c.layers} layers of {c.experts} experts, popularity Zipf {c.zipf}, two replicas of each expert and room for 25 % more.
-Then {c.steps} steps of drift: each expert's popularity × exp(N(0, {c.drift})), a new plan after each. What counts is
-max/mean of tokens per server within a layer, since layers run one after another.
+Then {c.steps} steps of drift: each expert's popularity times exp(N(0, {c.drift})), a new plan after each. What counts
+is max/mean of tokens per server within a layer, since layers run one after another.
 
 {table}
 ![Balance under drift and its price](pictures/hot_experts.png)

@@ -39,7 +39,9 @@ class Drift:
         """Level the plan for the popularity that `placement` knows, if need be. What was done, for people."""
         self._next_s = now_s + self._every_s
         plan, tokens = (None, None) if placement is None else (placement.plan, placement.popularity)
-        if placement is None or plan is None or tokens is None or doubtful or not placement.at_rest:
+        if placement is None or plan is None or tokens is None or not placement.popularity_known:
+            return None
+        if doubtful or not placement.at_rest:
             return None
         before = balance_of(plan, tokens)
         if before.max(initial=0.0) <= TOLERATED:

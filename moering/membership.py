@@ -304,6 +304,7 @@ class Membership:
     def _measure(self, now_s: float) -> None:
         if self.placement is not None and self._popularity is not None:
             self.placement.popularity = self._popularity.tokens(now_s)
+            self.placement.popularity_known = self._popularity.known(now_s)
 
     def _level(self, now_s: float) -> None:
         """Follow the popularity of experts, while nothing else changes."""

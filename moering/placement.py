@@ -41,7 +41,8 @@ class Placement:
         self.layers, self.experts, self.replication = layers, experts, replication
         self.servers: dict[str, Server] = {}
         self.plan: ring.Plan | None = None
-        self.popularity: npt.NDArray[np.float64] | None = None  # tokens per [layer, expert], None: unknown
+        self.popularity: npt.NDArray[np.float64] | None = None  # tokens per [layer, expert]
+        self.popularity_known = False  # enough was counted for plans to go by it
         self.doubtful: AbstractSet[str] = frozenset()
         """Look dead without proof: theirs is loaded elsewhere too, but nothing is taken from them."""
         self._digests: npt.NDArray[np.uint64] = np.zeros((layers, experts), np.uint64)
@@ -188,7 +189,8 @@ class Placement:
 
     def _plan(self, members: list[ring.Member], moves: int = 0) -> ring.Plan:
         shape = self.replication, self.layers, self.experts
-        return ring.plan(self._previous(), members, self.popularity, *shape, moves)
+        popularity = self.popularity if self.popularity_known else None
+        return ring.plan(self._previous(), members, popularity, *shape, moves)
 
     def _previous(self) -> ring.Plan | None:
         """The plan, and for experts whose planned replicas are not all up the other holders, who need not load."""

@@ -13,7 +13,7 @@ DECAY_S = 300.0
 PRIOR_TOKENS = 100.0
 """Every expert starts with so many, so that the first few prompts do not decide the placement."""
 EVIDENCE = 4.0
-"""What is known of popularity is told once so many times the prior was counted: till then the prior says more."""
+"""Popularity is known once so many times the prior was counted: till then the prior says more."""
 
 
 class Popularity:
@@ -33,12 +33,15 @@ class Popularity:
         self._decay(now_s)
         self._tokens += counts
 
-    def tokens(self, now_s: float) -> npt.NDArray[np.float64] | None:
-        """The decayed counts, with the prior; None while too little was counted."""
+    def tokens(self, now_s: float) -> npt.NDArray[np.float64]:
+        """The decayed counts, with the prior."""
         self._decay(now_s)
-        if self._tokens.sum() < EVIDENCE * PRIOR_TOKENS * self._tokens.size:
-            return None
         return self._tokens + PRIOR_TOKENS
+
+    def known(self, now_s: float) -> bool:
+        """Whether enough was counted to go by."""
+        self._decay(now_s)
+        return bool(self._tokens.sum() >= EVIDENCE * PRIOR_TOKENS * self._tokens.size)
 
     def _decay(self, now_s: float) -> None:
         self._tokens *= math.exp(-max(0.0, now_s - self._as_of_s) / DECAY_S)
