@@ -42,7 +42,7 @@ def test_many_rows_of_a_hot_expert_are_divided_and_each_slot_is_sent_once():
     assert sorted(np.concatenate([x.slots for x in out]).tolist()) == list(range(ids.size))
     for x in out:
         assert (x.experts == ids.reshape(-1)[x.slots]).all()
-        assert (x.rows[x.local_rows] == x.slots // 2).all()
+        assert (x.rows[x.local_rows()] == x.slots // 2).all()
         assert x.distinct_experts == len(set(x.experts.tolist()))
 
 
