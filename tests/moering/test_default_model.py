@@ -359,7 +359,7 @@ def test_the_real_model() -> None:
     contents = [checkpoint.expert(layer, expert).digest for layer in range(30) for expert in range(8)]
     # The same on every machine. The first also changes with the writer of the headers: raise FORMAT then.
     assert checkpoint.digest.startswith("12c373f9593b313a")
-    assert hashlib.sha256(b"".join(contents)).hexdigest().startswith("2ea44521f98f25e6")
+    assert hashlib.sha256(b"".join(contents)).hexdigest().startswith("f6d90c5c17cf1691")
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     chat = [{"role": "user", "content": "What is the capital of France? Tell me about it."}]
