@@ -68,9 +68,12 @@ def test_what_breaks_one_stream_ends_it_with_one_error(model, monkeypatch, in_a_
 
 def test_the_last_token_that_breaks_its_stream_ends_it_with_one_error(model, monkeypatch):
     async def main():
-        async with gateway(model, FakeRouter(), request_timeout_s=600.0) as g:
+        router = FakeRouter(hold_at=4)  # else all tokens may come as one event, the broken one
+        async with gateway(model, router, request_timeout_s=600.0) as g:
             Breaks(monkeypatch, Generation, "_put", lambda generation, index, event: event.finish_reason is not None)
-            events = await g.stream("/v1/completions", REQUEST)
+            streams = await two_streams(g, router)
+            router.release()
+            events = min(await asyncio.gather(*streams), key=lambda events: events[-1] == "[DONE]")
             assert events[-1]["error"]["code"] == "internal" and len(events) > 1
 
     run(main())
