@@ -68,10 +68,12 @@ class Gateway:
         async with self.session.get(self.url + path) as response:
             return response.status, await response.text(), response.headers
 
-    async def stream(self, path: str, body: dict[str, Any]) -> list[Any]:
-        """All events of a stream; `[DONE]` as the string."""
+    async def stream(self, path: str, body: dict[str, Any], begun: asyncio.Event | None = None) -> list[Any]:
+        """All events of a stream; `[DONE]` as the string. `begun` is set when the status is there."""
         async with self.session.post(self.url + path, json={**body, "stream": True}) as response:
             assert response.status == 200, await response.text()
+            if begun is not None:
+                begun.set()
             return parse_events(await response.read())
 
 

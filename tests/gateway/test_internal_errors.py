@@ -34,8 +34,11 @@ class Breaks:
 
 
 async def two_streams(g, router):
-    """One of each: held at the fourth token until both are there."""
-    streams = [asyncio.create_task(g.stream("/v1/completions", REQUEST)) for _ in range(2)]
+    """Both are held at the fourth token, with the first on its way to the client."""
+    begun = [asyncio.Event(), asyncio.Event()]
+    streams = [asyncio.create_task(g.stream("/v1/completions", REQUEST, b)) for b in begun]
+    for b in begun:
+        await asyncio.wait_for(b.wait(), 10.0)
     await g.until(lambda: [len(r.emitted) for r in g.services.journal.records()] == [4, 4])
     return streams
 
