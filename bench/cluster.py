@@ -144,7 +144,7 @@ async def serving(model: str, log: Path, flags: Sequence[str], ready_s: float) -
             raise MoeringError(f"moering serve did not get ready within {ready_s:.0f} s ({e}). {log}:\n{tail}") from e
         yield url
     finally:
-        await asyncio.to_thread(_stop, launcher)
+        await asyncio.to_thread(stop, launcher)
 
 
 @contextlib.asynccontextmanager
@@ -171,11 +171,12 @@ async def _wait_ready(url: str, launcher: subprocess.Popen[bytes]) -> None:
             await asyncio.sleep(0.1)
 
 
-def _stop(launcher: subprocess.Popen[bytes]) -> None:
-    if launcher.poll() is None:
-        launcher.terminate()
+def stop(process: subprocess.Popen[bytes], within_s: float = STOP_S) -> None:
+    """SIGTERM, and SIGKILL when it has not ended within `within_s`."""
+    if process.poll() is None:
+        process.terminate()
     try:
-        launcher.wait(STOP_S)
+        process.wait(within_s)
     except subprocess.TimeoutExpired:
-        launcher.kill()
-        launcher.wait()
+        process.kill()
+        process.wait()

@@ -12,11 +12,9 @@ import contextlib
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 from bench.cluster import serving
 from bench.command import checkpoint_path
 from bench.engine_client import EngineClient, router_address
+from bench.engine_processes import Place, in_process
 from moering.config import option, parse
 from moering.errors import ConfigError, MoeringError
 
@@ -56,34 +55,17 @@ def tokens_per_s(client: EngineClient, streams: int, tokens: int) -> float:
     return got / (time.perf_counter() - started_s)
 
 
-@contextlib.contextmanager
-def in_process(checkpoint: str, threads: int, directory: Path) -> Iterator[str]:
-    """The in-process engine, its address."""
-    address = f"ipc://{directory}/in-process-{threads}"
-    argv = [sys.executable, "-m", "bench.in_process", "--checkpoint", checkpoint, "--bind", address]
-    process = subprocess.Popen([*argv, "--threads", str(threads)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        if b"listening" not in process.stdout.readline():
-            raise MoeringError("the in-process engine did not start")
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
-
-
 async def run(config: Config) -> dict[str, Any]:
     """All rounds; tokens/s by variant and number of streams."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         async with serving(config.model, directory / "cluster.log", config.serve_flags, 600.0) as url:
-            router, checkpoint = await router_address(url), str(checkpoint_path(config.model))
+            router, place = await router_address(url), Place(checkpoint_path(config.model), "cpu")
             with contextlib.ExitStack() as stack:
                 addresses = {"cluster": router}
                 for n in config.threads:
-                    addresses[f"in process, {n} threads"] = stack.enter_context(
-                        in_process(checkpoint, int(n), directory)
-                    )
+                    engine = in_process(place, ["--threads", n], directory / f"in-process-{n}.log")
+                    addresses[f"in process, {n} threads"] = stack.enter_context(engine)
                 clients = {variant: EngineClient(address) for variant, address in addresses.items()}
                 return await asyncio.to_thread(_rounds, config, clients)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 import zmq
@@ -89,8 +90,13 @@ class EngineClient:
         return Answers(outputs, seen, time.perf_counter() - started_s)
 
 
-async def router_address(url: str) -> str:
-    """Where the first router of the cluster behind `url` listens."""
+async def first_router(url: str) -> dict[str, Any]:
+    """The first router of the cluster behind `url`, as /admin/status lists it."""
     async with aiohttp.ClientSession() as session, session.get(url + "/admin/status") as response:
-        processes = (await response.json())["processes"]
-    return next(str(p["address"]) for p in processes if p["kind"] == "router")
+        processes: list[dict[str, Any]] = (await response.json())["processes"]
+    return next(p for p in processes if p["kind"] == "router")
+
+
+async def router_address(url: str) -> str:
+    """Where it listens."""
+    return str((await first_router(url))["address"])

@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import aiohttp
-
+from bench.cluster import stop
+from bench.engine_client import first_router
 from moering.commands import VISIBLE_GPUS
 from moering.errors import MoeringError
 
@@ -58,12 +57,7 @@ def started(
             _wait_until_bound(process, address, log)
             yield process, address
         finally:
-            process.terminate()
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            stop(process, STOP_S)
             assert process.stdout is not None
             process.stdout.close()
 
@@ -76,15 +70,8 @@ def _wait_until_bound(process: subprocess.Popen[bytes], address: str, log: Path)
         time.sleep(0.05)
 
 
-async def members(url: str) -> list[dict[str, Any]]:
-    """The processes of the cluster, as /admin/status lists them."""
-    async with aiohttp.ClientSession() as session, session.get(url + "/admin/status") as response:
-        processes: list[dict[str, Any]] = (await response.json())["processes"]
-    return processes
-
-
 async def coordinator_address(url: str) -> str:
     """Where further members of the cluster behind `url` join: what its router was told."""
-    pid = next(p["pid"] for p in await members(url) if p["kind"] == "router")
+    pid = (await first_router(url))["pid"]
     argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     return argv[argv.index("--join") + 1]

@@ -34,6 +34,7 @@ from bench import fault_run
 from bench.cluster import serving
 from bench.command import Figures, run_bench, verdict
 from bench.engine_client import Answers, EngineClient, router_address
+from bench.engine_processes import Place, in_process
 from bench.fault_report import report
 from bench.generators import Prompts, Transformers, Variant, transformers
 from bench.random_checkpoint import Shape, write
@@ -76,7 +77,8 @@ async def run(config: Config) -> Figures:
         prompts = _prompts(config, int(checkpoint.config["vocab_size"]))
         figures: Figures = {"gpu": _gpu(config), "layers": checkpoint.num_layers}
         answers: Answers | None = None
-        with _in_process(config, directory, out) as address:
+        place = Place(directory, config.device)
+        with in_process(place, _engine_flags(config), out / "in_process.log") as address:
             engine = EngineClient(address)
             engine.generate(prompts[:2], 4)
             if "speed" in config.parts:
@@ -123,28 +125,10 @@ def _gpu(config: Config) -> str:
 
 def _engine_flags(config: Config) -> list[str]:
     length = 2 * (config.prompt_tokens + config.tokens) + 600
-    size = ["--max-model-len", str(length), "--kv-cache-mb", "2048", "--max-num-batched-tokens", "1024"]
-    return [*size, "--device", config.device]
+    return ["--max-model-len", str(length), "--kv-cache-mb", "2048", "--max-num-batched-tokens", "1024"]
 
 
 # --- speed ---
-
-
-@contextlib.contextmanager
-def _in_process(config: Config, directory: Path, out: Path) -> Iterator[str]:
-    """The engine with its experts in its own process; its address."""
-    with tempfile.TemporaryDirectory(prefix="mo-") as run_directory, (out / "in_process.log").open("wb") as log:
-        address = f"ipc://{run_directory}/engine"
-        argv = [sys.executable, "-m", "bench.in_process", "--checkpoint", str(directory), "--bind", address]
-        process = subprocess.Popen([*argv, *_engine_flags(config)], stdout=subprocess.PIPE, stderr=log)
-        assert process.stdout is not None
-        try:
-            if b"listening" not in process.stdout.readline():
-                raise MoeringError(f"the in-process engine did not start; see {log.name}")
-            yield address
-        finally:
-            process.terminate()
-            process.wait()
 
 
 async def _speed(config: Config, directory: Path, engine: EngineClient, prompts: Prompts) -> dict[str, Any]:
@@ -216,7 +200,7 @@ async def _cluster(config: Config, checkpoint: Checkpoint, prompts: Prompts, eng
     pairs = checkpoint.num_layers * checkpoint.num_experts * config.replication
     capacity = 5 * pairs // (4 * config.expert_servers) + 1  # room to move
     flags = ["--expert-servers", str(config.expert_servers), "--replication", str(config.replication)]
-    flags += ["--device", config.device, f"--router-args={' '.join(_engine_flags(config)[:-2])}"]
+    flags += ["--device", config.device, f"--router-args={' '.join(_engine_flags(config))}"]
     flags += [f"--expert-server-args=--capacity {capacity} --load-threads {config.load_threads}"]
     started_s = time.perf_counter()
     async with serving(str(checkpoint.path), out / "cluster.log", flags, READY_S) as url:
@@ -230,7 +214,7 @@ async def _cluster(config: Config, checkpoint: Checkpoint, prompts: Prompts, eng
         print(f"cluster: {figures}", file=sys.stderr)
         if config.kills:
             figures["faults"] = await _faults(config, url, int(checkpoint.config["vocab_size"]))
-    return figures | {"loading": _loading(out / "cluster.log", checkpoint.expert_bytes)}
+    return figures | {"loading": loading(out / "cluster.log", checkpoint.expert_bytes)}
 
 
 async def _faults(config: Config, url: str, vocab: int) -> dict[str, Any]:
@@ -242,7 +226,7 @@ async def _faults(config: Config, url: str, vocab: int) -> dict[str, Any]:
     return report(await fault_run.run(fault_config))
 
 
-def _loading(log: Path, expert_bytes: int) -> list[dict[str, float]]:
+def loading(log: Path, expert_bytes: int) -> list[dict[str, float]]:
     """Every load that the log tells of, first the starts of all servers."""
     loads = []
     for count, seconds in _LOADED.findall(log.read_text(errors="replace")):

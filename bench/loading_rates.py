@@ -16,6 +16,15 @@ READ_BYTES = 8 << 20
 GB = 1e9
 
 
+def read_file(path: Path) -> int:
+    """Read a file from its begin to its end into one buffer; returns the bytes."""
+    buffer, size = bytearray(READ_BYTES), 0
+    with path.open("rb", buffering=0) as file:
+        while got := file.readinto(buffer):
+            size += got
+    return size
+
+
 class Loading:
     """One checkpoint, read in three ways: its files from end to end, its experts, and its experts until ready."""
 
@@ -32,13 +41,8 @@ class Loading:
         }
 
     def read_files(self) -> int:
-        """Read every shard from its begin to its end into one buffer; returns the bytes."""
-        buffer, total = bytearray(READ_BYTES), 0
-        for path in self._files:
-            with path.open("rb", buffering=0) as file:
-                while got := file.readinto(buffer):
-                    total += got
-        return total
+        """Read every shard from its begin to its end; returns the bytes."""
+        return sum(map(read_file, self._files))
 
     def read_experts(self) -> int:
         """Read every expert and make its digest; returns the bytes."""

@@ -17,13 +17,13 @@ from bench.engine_client import EngineClient, router_address
 from bench.fault_report import report
 from bench.fault_run import FaultConfig
 from bench.fault_run import run as run_faults
-from bench.gpu_end_to_end import _loading
+from bench.gpu_end_to_end import loading
+from bench.loading_rates import read_file
 from bench.multi_gpu_config import Setting
 from bench.static_cost import ANSWER_S, READY_S, WARM_UP_TOKENS, make_prompts
 from moering.checkpoint import Checkpoint
 
 READERS = 8
-_PIECE = 16 << 20
 Figures = dict[str, Any]
 Save = Callable[[], None]
 
@@ -66,7 +66,7 @@ def _short(r: Figures) -> Figures:
 def reload_figures(setting: Setting, figures: Figures) -> Figures:
     """GB/s of the loads in the cluster's log and a plain read of the same files; tokens/s while experts came back."""
     log = setting.out / "cluster.log"
-    loads = _loading(log, Checkpoint(setting.checkpoint).expert_bytes) if log.exists() else []
+    loads = loading(log, Checkpoint(setting.checkpoint).expert_bytes) if log.exists() else []
     files = sorted(setting.checkpoint.glob("*.safetensors"))
     result: Figures = {"loads": loads, "plain_read_gb_per_s": round(plain_read(files), 3), "readers": READERS}
     starts, later = loads[: setting.gpus.servers], loads[setting.gpus.servers :]
@@ -86,16 +86,8 @@ def plain_read(files: list[Path]) -> float:
     """GB/s of reading these files once, several at a time."""
     begun_s = time.perf_counter()
     with ThreadPoolExecutor(READERS) as pool:
-        size = sum(pool.map(_read, files))
+        size = sum(pool.map(read_file, files))
     return size / 1e9 / (time.perf_counter() - begun_s)
-
-
-def _read(file: Path) -> int:
-    buffer, size = bytearray(_PIECE), 0
-    with file.open("rb", buffering=0) as f:
-        while got := f.readinto(buffer):
-            size += got
-    return size
 
 
 async def throughput(setting: Setting, runs: Figures, save: Save) -> None:

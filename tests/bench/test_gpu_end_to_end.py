@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.gpu_end_to_end import Config, _loading, _prompts, table
+from bench.gpu_end_to_end import Config, _prompts, loading, table
 
 SLOW = {"engine": 20.0, "transformers": 10.0, "ratio": 2.0}
 FIGURES = {
@@ -21,7 +21,7 @@ def test_loads_are_read_from_the_log(tmp_path: Path) -> None:
     log = tmp_path / "cluster.log"
     lines = ("x loaded 42 of 768 experts", "x loaded 768 experts in 10.0 s", "x loaded 3 experts in 0.0 s")
     log.write_text("\n".join(lines))
-    whole, few = _loading(log, 10_000_000)
+    whole, few = loading(log, 10_000_000)
     assert whole == {"experts": 768, "gb": 7.68, "seconds": 10.0, "gb_per_s": 0.77}
     assert (few["experts"], few["gb_per_s"]) == (3, 0.6)
 
