@@ -31,10 +31,11 @@ class Routes:
         if view.layers:
             shape = (view.layers, view.experts, view.width)
             self._routing = np.frombuffer(view.routing, "<i2").reshape(shape)
+            self._ways = ways_of(view)
         else:  # a coordinator that has met no expert server yet plans nothing: all is nowhere
             self._routing = np.full_like(self._routing, -1)
+            self._ways = np.ones_like(self._ways)
         self._absent = np.zeros(self._routing.shape, bool)
-        self._ways = ways_of(view) if view.layers else np.ones(self._routing.shape[:2], np.uint8)
         self.servers = list(view.servers)
         self.changed()
 

@@ -53,12 +53,11 @@ def pack_shared(
     """
     slots = np.arange(len(experts)) if slots is None else slots
     chosen = experts[slots]
-    hot = [expert for expert in shares if (chosen == expert).any()]
+    hot = [(at, sharers) for expert, sharers in shares.items() if len(at := np.flatnonzero(chosen == expert))]
     if not hot:
         return pack(slots, experts, route, top_k)
     servers = route[chosen]
-    for expert in hot:
-        at, sharers = np.flatnonzero(chosen == expert), shares[expert]
+    for at, sharers in hot:
         parts = min(len(sharers), max(1, len(at) // ROWS_PER_PART))
         servers[at] = sharers[(turn + np.arange(len(at)) * parts // len(at)) % len(sharers)]
     return pack_for(slots, chosen, servers, top_k)
