@@ -21,6 +21,7 @@ from kernels.triton_tiling import choose_tiling
 from moering.checkpoint import ExpertWeights
 from moering.errors import ConfigError
 from moering.protocol import MAX_FRAME_BYTES
+from moering.transport import SPIN_S
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ CALL_PAIRS = 1024
 """Pairs of one kernel call; more are computed piece by piece, with the same bits."""
 MEMORY_SHARE = 0.8
 """Of the free GPU memory, for experts, where no capacity is given."""
-SPIN_S = 0.002
-"""A machine with GPUs has cores to spare, and a virtual one takes 0.1 ms and more to wake a thread up."""
 _ALIGN = 64  # integers
 
 
@@ -77,7 +76,7 @@ class CudaBackend:
 
     @property
     def spin_s(self) -> float:
-        """See `SPIN_S`."""
+        """See `moering.transport.SPIN_S`."""
         return SPIN_S if self._device.type == "cuda" else 0.0
 
     def load(self, weights: ExpertWeights) -> CudaExpert:

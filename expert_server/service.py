@@ -100,16 +100,21 @@ class Service(threading.Thread):
         return requests
 
     def _wait(self) -> list[bytes] | None:
-        until_s = time.perf_counter() + self._spin_s
-        while self._spin_s and time.perf_counter() < until_s:
-            if (found := transport.try_receive(self._socket)) is not None:
-                return found
-            time.sleep(0)  # lets the process's other threads run
+        if self._spin_s and (found := self._spin()) is not None:
+            return found
         try:
             frames: list[bytes] = self._socket.recv_multipart()
         except zmq.Again:
             return None
         return frames
+
+    def _spin(self) -> list[bytes] | None:
+        until_s = time.perf_counter() + self._spin_s
+        while time.perf_counter() < until_s:
+            if (found := transport.try_receive(self._socket)) is not None:
+                return found
+            time.sleep(0)  # lets the process's other threads run
+        return None
 
     def _handle(self, identity: bytes, frames: list[bytes]) -> Request | None:
         try:

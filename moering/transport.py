@@ -22,6 +22,10 @@ from moering.errors import ConfigError
 from moering.protocol import MAX_FRAME_BYTES
 from moering.time_slice import short_slice
 
+SPIN_S = 0.002
+"""For how long a thread beside a GPU looks for the next message before it sleeps. Such a machine has cores to spare,
+and a virtual one takes 0.1 ms and more to wake a thread up."""
+
 
 @dataclass(frozen=True)
 class Heartbeat:

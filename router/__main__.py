@@ -30,7 +30,6 @@ from router.frontend import Frontend
 logger = logging.getLogger(__name__)
 
 DRAIN_LOOK_S = 0.05
-SPIN_S = 0.002  # with a GPU; see `expert_server.backend_cuda.SPIN_S`
 LIKELY_STREAMS = 16  # the cache keeps room for each of so many sequences to grow in one piece
 
 
@@ -160,7 +159,7 @@ def build_engine(
     return Engine(
         parts.decoder, scheduler, exchange, frontend, poller, sampler=parts.sampler, threads=config.threads,
         micro_batches=config.micro_batches, missing_expert_timeout_s=config.missing_expert_timeout_s,
-        spin_s=SPIN_S if config.device == "cuda" else 0.0,
+        spin_s=transport.SPIN_S if config.device == "cuda" else 0.0,
     )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ class Engine:
     def _poll(self) -> None:
         """Wait until something happens, and take note of it."""
         wait_ms = min(IDLE_POLL_MS, max(0.0, 1000 * (self._exchange.due_s - self._clock())))
-        ready = self._spin() or self._poller.poll(math.ceil(wait_ms))
+        ready = (self._spin_s and self._spin()) or self._poller.poll(math.ceil(wait_ms))
         sockets = [socket for socket, _ in ready]
         if self._wakeup.fd in sockets:
             self._wakeup.clear()
@@ -151,7 +151,7 @@ class Engine:
     def _spin(self) -> list[tuple[Any, int]]:
         """Look for answers again and again, for `spin_s`, while any is awaited: a thread that sleeps wakes up late."""
         until_s = self._clock() + self._spin_s
-        while self._spin_s and self._exchange.due_s < math.inf and self._clock() < until_s:
+        while self._exchange.due_s < math.inf and self._clock() < until_s:
             if ready := self._poller.poll(0):
                 return ready
         return []
