@@ -136,19 +136,15 @@ class ExpertServer:
 
     def _announce(self, keys: Sequence[Key]) -> None:
         """What will be loaded next, for reading ahead."""
-        replicas = self._backend.host_replicas
-        at_hand = set() if replicas is None else replicas.keys()
+        at_hand = self._backend.host_replicas.keys()
         self._read.announce([key for key in keys if key not in at_hand])
 
     def _refill_host_replicas(self, view: View) -> None:
-        replicas = self._backend.host_replicas
-        if replicas is not None:
-            rest = partial(self.loader.rest, view)
-            standby.refill(view, self.id, replicas, self.checkpoint.expert, rest, time.monotonic)
+        rest = partial(self.loader.rest, view)
+        standby.refill(view, self.id, self._backend.host_replicas, self.checkpoint.expert, rest, time.monotonic)
 
     def _load(self, layer: int, expert: int) -> tuple[Any, bytes]:
-        replicas = self._backend.host_replicas
-        promoted = None if replicas is None else replicas.promote((layer, expert))
+        promoted = self._backend.host_replicas.promote((layer, expert))
         if promoted is not None:
             return promoted
         weights = self._read(layer, expert)

@@ -39,7 +39,7 @@ class Backend(Protocol):
         ...
 
     @property
-    def host_replicas(self) -> HostReplicas | None:
+    def host_replicas(self) -> HostReplicas:
         """Further experts in host memory, where that is not where they are computed."""
         ...
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from expert_server.standby import NoReplicas
 from kernels.expert_ffn import ExpertFFN, grouped_expert_ffn, numerics_fingerprint
 from kernels.linear import Backend
 from kernels.tensors import as_tensor
@@ -22,16 +23,12 @@ class CpuBackend:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self._arithmetic = arithmetic
+        self.host_replicas = NoReplicas()
 
     @property
     def fingerprint(self) -> str:
         """The numerics probe: equal in all processes whose rows have equal bits."""
         return numerics_fingerprint(self._arithmetic)
-
-    @property
-    def host_replicas(self) -> None:
-        """What is in host memory is usable at once here."""
-        return None
 
     @property
     def capacity(self) -> int:

@@ -38,6 +38,26 @@ class HostReplicas(Protocol):
         ...
 
 
+class NoReplicas:
+    """For experts that are computed in host memory: what is there is usable at once, and there are no further ones."""
+
+    capacity = 0
+
+    def keys(self) -> set[Key]:
+        """Nothing."""
+        return set()
+
+    def keep(self, keys: set[Key]) -> None:
+        """There is nothing to forget."""
+
+    def put(self, key: Key, weights: ExpertWeights) -> None:
+        """There is never room."""
+        raise AssertionError(f"no room for {key}")
+
+    def promote(self, key: Key) -> None:
+        """It is not here."""
+
+
 def choose(view: View, server_id: str, room: int) -> list[Key]:
     """The `room` experts most likely to be asked of a server that does not hold them, likeliest first.
 
