@@ -185,13 +185,7 @@ def test_closing_gives_up_all_shared_memory(harness, servers):
 def test_a_server_that_dies_between_receive_and_reply_loses_nothing(harness, servers):
     """`a` welcomes but never computes, then dies: its rows, and only its, are computed by `b`."""
     a, b = servers
-    b.serve()
-    harness.view(a, b)
-    harness.connected(b)
-    harness.until(lambda: a.socket.poll(0))
-    identity, _ = a.socket.recv_multipart()
-    harness_welcome(a, identity)
-    harness.connected(a)
+    only_welcomes(harness, a, b)
     rows = Rows(IDS)
     harness.exchange.submit(rows)
     assert a.socket.poll(10_000), "nothing was outstanding at the one that dies"
@@ -207,13 +201,7 @@ def test_a_server_that_dies_between_receive_and_reply_loses_nothing(harness, ser
 @pytest.mark.parametrize("change", [{"dtype": "float16"}, {"columns": HIDDEN - 1}, {"slot": 0}])
 def test_a_reply_of_other_rows_costs_its_server_the_connection_and_nothing_else(harness, servers, change):
     a, b = servers
-    b.serve()
-    harness.view(a, b)
-    harness.connected(b)
-    harness.until(lambda: a.socket.poll(0))
-    identity, _ = a.socket.recv_multipart()
-    harness_welcome(a, identity)  # without shared memory
-    harness.connected(a)
+    identity = only_welcomes(harness, a, b)
     rows = Rows(IDS)
     harness.exchange.submit(rows)
     assert a.socket.poll(10_000), "nothing was sent to the one that answers wrongly"
@@ -245,6 +233,18 @@ def test_a_second_welcome_gives_out_no_slot_twice(harness, servers):
         harness.exchange.handle(harness.poller.poll(10_000))
     assert segment is not None
     assert len(set(slots)) == 2
+
+
+def only_welcomes(harness, a, b):
+    """Connect to `a`, which welcomes without shared memory and then does nothing, and to `b`, which serves."""
+    b.serve()
+    harness.view(a, b)
+    harness.connected(b)
+    harness.until(lambda: a.socket.poll(0))
+    identity, _ = a.socket.recv_multipart()
+    harness_welcome(a, identity)
+    harness.connected(a)
+    return identity
 
 
 def harness_welcome(server, identity, shared=False):
