@@ -72,11 +72,17 @@ def _one_dead(case: Figures, servers: int) -> str:
 def _several(cases: Sequence[Figures], plain: Sequence[Figures], replication: int) -> str:
     others = [c for c in cases if c["dead"] and c not in plain]
     return "\n".join(
-        f"* {c['name']}: the longest gap was {_ms(_longest(c))} ms; {_wrong(c)} tokens lost, duplicated or changed, "
-        f"{c['account']['errors']} errors in {c['account']['requests']} requests; redundant after "
+        f"* {c['name']}: the longest gap was {_ms(_longest(c))} ms; {_what_came(c)}; redundant after "
         f"{_median_worst(f['redundant_s'] for f in c['faults'])} s (median, worst)."
         for c in [*(c for c in plain if c["dead"] >= replication), *others]
     )
+
+
+def _what_came(c: Figures) -> str:
+    a = c["account"]
+    if renormalized := c["counters"].get("tokens_renormalized"):
+        return f"{renormalized} tokens without an expert, {a['errors']} of {a['requests']} requests ended by an error"
+    return f"{_wrong(c)} tokens lost, duplicated or changed, {a['errors']} errors in {a['requests']} requests"
 
 
 def _tokens(c: Figures) -> list[Any]:

@@ -52,6 +52,7 @@ def soak(checkpoint: Path, directory: Path, cycles: int, show: Callable[[str], N
         history: dict[str, list[Held]] = {name: [] for name in pids}
         for cycle in range(cycles):
             _kill_one(cluster, SERVERS[cycle % len(SERVERS)], reference)
+            wait_for("the clients' connections are closed", lambda: not _clients(pids["gateway-0"]))
             for name, pid in pids.items():
                 history[name].append(Held.by(pid))
             show(f"cycle {cycle + 1}: {json.dumps({n: list(asdict(h[-1]).values()) for n, h in history.items()})}")
@@ -66,6 +67,11 @@ def _kill_one(cluster: Cluster, victim: str, reference: list[object]) -> None:
     check_equal(streams.finish(), reference)
     cluster.wait_replaced(killed)
     wait_for("nothing is under way", lambda: cluster.counters_after(0))
+
+
+def _clients(gateway: int) -> list[object]:
+    """Connections over tcp that the gateway has not closed yet. Its links to the cluster are no tcp here."""
+    return [c for c in psutil.Process(gateway).net_connections("tcp") if c.status != psutil.CONN_LISTEN]
 
 
 def check(history: dict[str, list[Held]]) -> None:
