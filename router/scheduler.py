@@ -1,9 +1,10 @@
 """Continuous batching with chunked prefill: which tokens the next step computes. Policy only; no clock, no tensors.
 
 A step holds one token of every sequence that decodes, then pieces of prompts within the budget that `StepCost` allows.
-First come, first served, except that a long prompt shares with the next one instead of holding it up. When blocks run
-out the newest sequence gives its own back and later computes its tokens again; since a row's bits depend on its
-sequence alone, nobody can tell.
+First come, first served, except that a long prompt shares with the next one instead of holding it up, and that streams
+which were interrupted (their router died, or they gave their blocks back) go first and at a faster pace: their clients
+wait in the middle of an answer. When blocks run out the newest sequence gives its own back and later computes its
+tokens again; since a row's bits depend on its sequence alone, nobody can tell.
 
 The engine's loop: `schedule()`, run the forward, `complete()`, sample, `update()`. Several batches may be in flight.
 """
@@ -23,6 +24,7 @@ from router.step_cost import MIN_PREFILL_TOKENS, StepCost
 logger = logging.getLogger(__name__)
 
 MIN_MICRO_BATCH = 8  # decodes; fewer are not split, as every step has a price of its own
+RESUMED = 1 << 62  # subtracted from the arrival of streams that began on another router: they have waited before
 PREFILL_LANES = 2  # prompts that share the budget when they do not all fit in it
 
 
@@ -106,9 +108,9 @@ class Scheduler:
         refusal = check(sequence, self._vocab_size, self._max_model_len)
         if refusal is None:
             self._arrivals += 1
-            sequence.arrival = self._arrivals
+            sequence.arrival = self._arrivals - (RESUMED if sequence.output else 0)
             self._alive[key] = sequence
-            self.waiting.append(sequence)
+            bisect.insort(self.waiting, sequence, key=_arrival)
             self.tokens_recomputed += sequence.num_tokens if sequence.output else 0
         return refusal
 
@@ -138,7 +140,8 @@ class Scheduler:
         # Streams in flight count: what runs meanwhile holds them up just as well.
         decoding = sum(s.decodes for s in self.running)
         limit = max(self._max_num_batched_tokens - len(items), MIN_PREFILL_TOKENS)
-        budget = self.cost.prefill_tokens(decoding, limit)
+        tokens = self.cost.catch_up_tokens if self._catches_up() else self.cost.prefill_tokens
+        budget = tokens(decoding, limit)
         items += self._prefills(budget if items else max(budget, MIN_PREFILL_TOKENS))
         return Batch(items) if items else None
 
@@ -208,6 +211,13 @@ class Scheduler:
             table += self._blocks.allocate(missing, after=table[-1] if table else None)
         return True
 
+    def _catches_up(self) -> bool:
+        """Whether a stream that was interrupted can be computed now."""
+        if any(s.interrupted and not s.in_flight for s in self.running):
+            return True
+        following = self.waiting[0] if self.waiting and len(self.running) < self._max_num_seqs else None
+        return bool(following and following.interrupted and self._missing_blocks(following) <= self._blocks.free_blocks)
+
     def _prefills(self, budget: int) -> list[ScheduledChunk]:
         """Short prompts first, whole where they fit; a long one leaves half of the budget to the other lane."""
         half = -(-budget // 2)
@@ -222,21 +232,25 @@ class Scheduler:
         return items
 
     def _lanes(self, budget: int) -> list[Sequence]:
-        """The sequences that prefill in a step of `budget` tokens, admitted from the queue as far as blocks allow."""
+        """The sequences that prefill in a step of `budget` tokens, admitted from the queue as far as blocks allow:
+        interrupted ones, or else all.
+        """
         if budget == 0:
             return []
         lanes = [s for s in self.running if not s.decodes and not s.in_flight]
         while self.waiting and len(self.running) < self._max_num_seqs:
-            filled = sum(s.remaining for s in lanes) >= budget
-            self.prefixes.find(self.waiting[0])  # of use from now on: its new blocks are not to be those
-            if (filled and len(lanes) >= PREFILL_LANES) or not self._reserve(self.waiting[0]):
+            sequence = self.waiting[0]
+            rivals = [s for s in lanes if s.interrupted >= sequence.interrupted]
+            filled = sum(s.remaining for s in rivals) >= budget
+            self.prefixes.find(sequence)  # of use from now on: its new blocks are not to be those
+            if (filled and len(rivals) >= PREFILL_LANES) or not self._reserve(sequence):
                 break
-            sequence = self.waiting.pop(0)
+            self.waiting.pop(0)
             sequence.status = Status.RUNNING
             self.prefixes.fetch(sequence)
             bisect.insort(self.running, sequence, key=_arrival)
             lanes.append(sequence)
-        return lanes
+        return [s for s in lanes if s.interrupted] or lanes
 
     def _preempt(self, sequence: Sequence) -> None:
         logger.info(

@@ -69,6 +69,11 @@ class Sequence:
         """Whether its next chunk is one ordinary decode step."""
         return self.remaining == 1 and bool(self.output)
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether its client has tokens of it, and its keys and values have to be computed again before the next."""
+        return self.remaining > 1 and bool(self.output)
+
     def tokens(self, start: int, length: int) -> list[int]:
         """Token ids at positions [start, start + length)."""
         split, end = len(self.prompt), start + length

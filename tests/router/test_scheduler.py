@@ -92,6 +92,26 @@ def test_max_num_seqs_holds():
     engine.run()
 
 
+def test_streams_that_began_on_another_router_go_before_prompts_and_faster():
+    engine = Engine(blocks=400, seqs=8, batched=64, max_len=200)
+    streams = [engine.add(prompt=2, max_tokens=50) for _ in range(2)]
+    engine.step()
+    prompts = [engine.add(prompt=60, max_tokens=1) for _ in range(3)]
+    paces = [engine.step()[0].prefill_tokens for _ in range(3)]
+    assert set(paces) == {MIN_PREFILL_TOKENS}
+    resumed = [engine.add(prompt=10, output=[1] * 20, max_tokens=40) for _ in range(2)]
+    done = [p.num_computed for p in prompts]
+    steps = 0
+    while any(s.interrupted for s in resumed):
+        batch, _ = engine.step()
+        assert {item.sequence for item in batch.items} <= {*streams, *resumed}
+        steps += 1
+    assert steps <= 8 < 60 // MIN_PREFILL_TOKENS
+    assert [p.num_computed for p in prompts] == done
+    engine.run()
+    assert all(s.output == expected_output(s, [1] * 20, max_len=200) for s in resumed)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_2000_token_prompt_among_8_streams_keeps_steps_within_the_bound_and_progresses(trained):
     cost = StepCost()
@@ -217,8 +237,9 @@ def test_a_prompt_larger_than_the_cache_is_refused():
 
 
 def test_a_stop_token_ends_it_but_not_before_min_tokens():
-    plain = make(prompt=3, max_tokens=20)
+    plain = make(prompt=[1, 2, 3], max_tokens=20)
     stop = expected_output(plain)[4]
+    assert stop not in expected_output(plain)[:4]
     for min_tokens, most in ((0, 5), (5, 20)):
         engine = Engine()
         s = engine.add(prompt=plain.prompt, max_tokens=20, stop_token_ids=[stop], min_tokens=min_tokens)
