@@ -19,6 +19,7 @@ from moering.errors import MoeringError
 from moering.expert_frames import Dispatch, Reply
 from moering.process import incarnation
 from moering.protocol import Hello, MemberInfo, View
+from moering.shared_rows import SLOTS
 from router.connection import Connection
 from router.exchange import Exchange
 
@@ -63,7 +64,9 @@ class Ours:
 
     def __init__(self, checkpoint: Checkpoint, server: dict[str, Any]) -> None:
         self._poller, self._layers = zmq.Poller(), checkpoint.num_layers
-        hello = Hello("router", "bench", incarnation(), checkpoint.path.name, checkpoint.digest)
+        hello = Hello(
+            "router", "bench", incarnation(), checkpoint.path.name, checkpoint.digest, shared_slots=SLOTS
+        )  # fmt: skip
         self._exchange = TimedExchange(hello, checkpoint.hidden_size, self._poller, time.monotonic)
         member = MemberInfo(
             "expert-server", server["id"], server["incarnation"], server["address"], server["pid"], "ONLINE", "", 0, 0

@@ -117,7 +117,8 @@ class ExpertServer:
         shape = (cp.num_layers, cp.num_experts, cp.hidden_size)
         backend = self._backend
         self.service.open(
-            cp.path.name, cp.digest, shape, backend.compute, backend.max_tensor_bytes, backend.spin_s
+            cp.path.name, cp.digest, shape, backend.compute, backend.max_tensor_bytes, backend.spin_s,
+            backend.slot_bytes,
         )  # fmt: skip
         self._prepared.set()
 

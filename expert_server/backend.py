@@ -34,6 +34,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def slot_bytes(self) -> int:
+        """Of these, what a slot of shared memory holds; larger messages travel in frames."""
+        ...
+
+    @property
     def spin_s(self) -> float:
         """For how long the computing thread looks for the next message before it sleeps."""
         ...

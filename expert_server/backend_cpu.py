@@ -13,6 +13,7 @@ from kernels.linear import Backend
 from kernels.tensors import as_tensor
 from moering.checkpoint import ExpertWeights
 from moering.protocol import MAX_TENSOR_BYTES
+from moering.shared_rows import SLOT_BYTES
 
 
 class CpuBackend:
@@ -39,6 +40,11 @@ class CpuBackend:
     def max_tensor_bytes(self) -> int:
         """What keeps a long prompt from holding up decoding."""
         return MAX_TENSOR_BYTES
+
+    @property
+    def slot_bytes(self) -> int:
+        """See `moering.shared_rows.SLOT_BYTES`."""
+        return SLOT_BYTES
 
     @property
     def spin_s(self) -> float:

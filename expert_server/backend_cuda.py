@@ -75,6 +75,11 @@ class CudaBackend:
         return min(CALL_PAIRS * 4 * self._hidden, MAX_FRAME_BYTES)
 
     @property
+    def slot_bytes(self) -> int:
+        """Whole messages: a frame of so many megabytes takes milliseconds through a socket."""
+        return self.max_tensor_bytes
+
+    @property
     def spin_s(self) -> float:
         """See `moering.transport.SPIN_S`."""
         return SPIN_S if self._device.type == "cuda" else 0.0

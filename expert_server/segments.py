@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moering.shared_rows import SLOTS, SharedRows
+from moering.shared_rows import Layout, SharedRows
 
 MAX_ROUTERS = 64
 """Whoever said hello longest ago loses its segment to a newcomer, and has to say hello again."""
@@ -13,25 +13,28 @@ MAX_ROUTERS = 64
 class Segments:
     """By the connection's identity. A router that says hello again has given up its earlier connection."""
 
-    def __init__(self, hidden_size: int) -> None:
-        self._hidden_size = hidden_size
+    def __init__(self, hidden_size: int, slot_bytes: int) -> None:
+        """Slots hold so many bytes of rows in each direction."""
+        self._hidden_size, self._slot_bytes = hidden_size, slot_bytes
         self._by_identity: dict[bytes, SharedRows] = {}
         self._identity_of: dict[str, bytes] = {}  # by router
 
-    def open(self, identity: bytes, router: str, offer: str) -> bool:
-        """Use the segment that a router offers; False when it offers none, or one that this process cannot open."""
+    def open(self, identity: bytes, router: str, offer: str, slots: int) -> int:
+        """Use the memory that a router offers, for so many slots. Returns the rows of each; 0 when it offers none, or
+        what this process cannot open."""
         self._by_identity.pop(self._identity_of.pop(router, b""), None)
-        segment = SharedRows.open(offer, self._hidden_size)
+        segment = SharedRows.open(offer, Layout.of(slots, self._slot_bytes, self._hidden_size))
         if segment is None:
-            return False
+            return 0
         while len(self._identity_of) >= MAX_ROUTERS:
             self._by_identity.pop(self._identity_of.pop(next(iter(self._identity_of))), None)
         self._by_identity[identity], self._identity_of[router] = segment, identity
-        return True
+        return segment.layout.rows
 
     def slot(self, identity: bytes, slot: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray] | None:
         """(sent, answered), float32 [rows, hidden_size] each; None where the connection has no such memory."""
         segment = self._by_identity.get(identity)
-        if segment is None or slot >= SLOTS or not segment.fits(rows, columns):
+        if segment is None or slot >= segment.layout.slots or not segment.fits(rows, columns):
             return None
+        segment.ready(slot)  # the router has found memory for it
         return segment.sent[slot][:rows], segment.answered[slot][:rows]

@@ -19,6 +19,7 @@ from moering import protocol, transport
 from moering.errors import ProtocolError
 from moering.expert_frames import Dispatch, Reply
 from moering.protocol import MAX_TENSOR_BYTES, Failed, Hello, NotHere, Refused, Welcome
+from moering.shared_rows import SLOT_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +51,18 @@ class Service(threading.Thread):
         compute: Compute,
         max_tensor_bytes: int = MAX_TENSOR_BYTES,
         spin_s: float = 0.0,
+        slot_bytes: int = SLOT_BYTES,
     ) -> None:
         """Begin to serve a checkpoint of `shape` = (layers, experts, hidden_size).
 
-        Messages carry at most `max_tensor_bytes` of rows. After each, the next is looked for without a rest for
-        `spin_s`: a thread that sleeps wakes up late.
+        Messages carry at most `max_tensor_bytes` of rows, in shared memory at most `slot_bytes`. After each, the next
+        is looked for without a rest for `spin_s`: a thread that sleeps wakes up late.
         """
         self._model, self._digest, self._compute, self._spin_s = model, digest, compute, spin_s
         hidden_size = shape[2]
         self._max_pairs = max(1, max_tensor_bytes // (4 * hidden_size))
         self._limits = (*shape, self._max_pairs)
-        self._segments = Segments(hidden_size)
+        self._segments = Segments(hidden_size, slot_bytes)
         self._hidden = np.zeros((self._max_pairs, hidden_size), np.float32)
         self._out = np.zeros((self._max_pairs, hidden_size), np.float32)
         self._opened.set()
@@ -138,8 +140,8 @@ class Service(threading.Thread):
                 f"{hello.server_id} asks for {hello.model} with digest {hello.digest:.16}…",
                 fatal=True,
             )
-        shared = self._segments.open(identity, hello.server_id, hello.shared_rows)
-        return Welcome(self._server_id, self._incarnation, self._credit_rows, self._max_pairs, shared)
+        slot_rows = self._segments.open(identity, hello.server_id, hello.shared_rows, hello.shared_slots)
+        return Welcome(self._server_id, self._incarnation, self._credit_rows, self._max_pairs, slot_rows)
 
     def _parse(self, identity: bytes, message: Dispatch, tensor: memoryview | None) -> Request | None:
         rows: memoryview | tuple[np.ndarray, np.ndarray] | None = tensor

@@ -33,7 +33,7 @@ from moering import codec, expert_frames
 from moering.errors import ProtocolError
 from moering.expert_frames import Dispatch, Reply
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 8 << 20
 """A header longer than this is refused unread. The largest honest one is a plan of some 60 KB or a long prompt."""
 MAX_FRAME_BYTES = 16 << 20
@@ -69,6 +69,7 @@ class Hello:
     model: str
     digest: str  # of the checkpoint; "" where the peer does not read one (gateway)
     shared_rows: str = ""  # from a router: memory that it offers to share (`moering.shared_rows`)
+    shared_slots: int = 0  # and how many slots it needs there
 
 
 @_message("welcome")
@@ -76,14 +77,14 @@ class Hello:
 class Welcome:
     """The bound side accepts.
 
-    `credit_rows` bounds the rows that may be outstanding at once, `max_rows` those of one message.
+    `credit_rows` bounds the rows that may be outstanding at once, `max_rows` the pairs of one message.
     """
 
     server_id: str
     incarnation: int
     credit_rows: int
     max_rows: int
-    shared_rows: bool = False  # the segment offered with hello is used
+    slot_rows: int = 0  # what a slot of the memory offered with hello holds in each direction; 0: it is not used
 
 
 @_message("refused")

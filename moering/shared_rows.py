@@ -1,68 +1,103 @@
 """Rows in memory that a router and an expert server of one machine share; zmq carries only the doorbell.
 
-The router makes a segment for each connection, as memory without a name, and offers with its hello where its descriptor
-is to be found; the server opens it, checks the nonce inside, and accepts with its welcome. The segment goes when both
-ends are gone, however they went. It belongs to one connection, and a slot to one dispatch until its answer arrives: a
-server that was given up, and wakes up late, writes to memory that nobody reads any more. Where the server does not see
-the router's descriptors (containers, other users), or no slot is free, rows travel in frames.
+The router makes a file in memory, without a name, for each connection, and offers with its hello where its descriptor
+is to be found and how many slots it needs. The server opens it, checks the nonce inside, and says with its welcome how
+many rows a slot holds, which is what its messages need. The file's length is the limit for all; it takes memory slot by
+slot, as they are used first. It goes when both ends are gone, however they went. It belongs to one connection, and a
+slot to one dispatch until its answer arrives: a server that was given up, and wakes up late, writes to memory that
+nobody reads any more. Where the server does not see the router's descriptors (containers, other users), or no slot is
+free, rows travel in frames.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
 import secrets
 import stat
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 SLOTS = 4
-"""More than a router usually has outstanding at one server; what finds no slot free travels in frames."""
+"""For each micro-batch in flight: more than it usually has outstanding at one server."""
 SLOT_BYTES = 256 << 10
-"""Of each direction. Larger messages, the chunks of long prompts, travel in frames, which zmq does not copy."""
+"""Of each direction, between CPUs. Larger messages, the chunks of long prompts, travel in frames, which zmq does not
+copy."""
+MAX_SLOTS = 64
+MAX_BYTES = 1 << 30
+"""Length of the file. Not a byte of /dev/shm, whose 64 MB in a container do not count here."""
 _OFFER = re.compile(r"([1-9][0-9]{0,9}):([0-9]{1,7}):([0-9a-f]{32})")  # process, descriptor, nonce
-_PAGE = 4096
-_SIZE = _PAGE + 2 * SLOTS * SLOT_BYTES
+_PAGE = mmap.PAGESIZE
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not name
+_ITEM_BYTES = 4
 
 Rows = npt.NDArray[np.float32]
 
 
-class SharedRows:
-    """`sent[slot]` and `answered[slot]`: float32 [max_rows, columns] each."""
+class Layout(NamedTuple):
+    """What lies where: after a page with the nonce the slots, each of them rows sent, then rows answered."""
 
-    def __init__(self, memory: mmap.mmap, columns: int, offer: str = "", fd: int = -1) -> None:
-        self.offer, self._fd, self._columns = offer, fd, columns
-        self._max_rows = rows = SLOT_BYTES // (4 * columns)
-        self.sent = [_rows(memory, i, rows, columns) for i in range(SLOTS)]
-        self.answered = [_rows(memory, SLOTS + i, rows, columns) for i in range(SLOTS)]
+    slots: int
+    rows: int  # of a slot, in each direction
+    columns: int
+
+    @classmethod
+    def of(cls, slots: int, slot_bytes: int, columns: int) -> Layout:
+        """So many slots of `slot_bytes` in each direction, or of less where `MAX_BYTES` are too few."""
+        most = (MAX_BYTES - _PAGE) // max(1, 2 * slots) // _PAGE * _PAGE
+        return cls(slots, min(slot_bytes, most) // (columns * _ITEM_BYTES), columns)
+
+    @property
+    def part_bytes(self) -> int:
+        """Of one direction of a slot: whole pages."""
+        return -(-self.rows * self.columns * _ITEM_BYTES // _PAGE) * _PAGE
+
+    @property
+    def bytes(self) -> int:
+        """Of all."""
+        return _PAGE + 2 * self.slots * self.part_bytes
+
+    @property
+    def possible(self) -> bool:
+        """Whether there may be such memory."""
+        return 0 < self.slots <= MAX_SLOTS and self.rows > 0 and self.bytes <= MAX_BYTES
+
+
+class SharedRows:
+    """`sent[slot]` and `answered[slot]`: float32 [layout.rows, columns] each."""
+
+    def __init__(self, memory: mmap.mmap, layout: Layout) -> None:
+        self.layout = layout
+        self._memory = memory
+        self._ready: set[int] = set()
+        self.sent = [self._part(2 * slot) for slot in range(layout.slots)]
+        self.answered = [self._part(2 * slot + 1) for slot in range(layout.slots)]
 
     def fits(self, rows: int, columns: int) -> bool:
         """Whether a slot holds such rows."""
-        return rows <= self._max_rows and columns == self._columns
+        return rows <= self.layout.rows and columns == self.layout.columns
+
+    def ready(self, slot: int) -> bool:
+        """Take the slot's memory at its first use. False where memory is short: writing there would kill the writer."""
+        if slot not in self._ready:
+            size = 2 * self.layout.part_bytes
+            try:
+                self._memory.madvise(_POPULATE_WRITE, _PAGE + slot * size, size)
+            except OSError as e:
+                if e.errno != errno.EINVAL:  # an older kernel: memory comes as it is touched
+                    return False
+            self._ready.add(slot)
+        return True
 
     @classmethod
-    def create(cls, columns: int) -> SharedRows | None:
-        """A new segment with its `offer`; None where there is no such memory, or not enough."""
-        if not hasattr(os, "memfd_create"):
-            return None
-        fd = os.memfd_create("moering-rows", os.MFD_CLOEXEC)
-        try:
-            os.posix_fallocate(fd, 0, _SIZE)  # now, since writing where memory is short kills the writer
-            memory = mmap.mmap(fd, _SIZE)
-        except OSError:
-            os.close(fd)
-            return None
-        nonce = secrets.token_hex(16)
-        memory[: len(nonce)] = nonce.encode()
-        return cls(memory, columns, f"{os.getpid()}:{fd}:{nonce}", fd)
-
-    @classmethod
-    def open(cls, offer: str, columns: int) -> SharedRows | None:
-        """The segment that is offered; None where it cannot be opened or is not the one that was meant."""
+    def open(cls, offer: str, layout: Layout) -> SharedRows | None:
+        """The memory that is offered; None where it cannot be opened or is not the one that was meant."""
         parts = _OFFER.fullmatch(offer)
-        if parts is None:
+        if parts is None or not layout.possible:
             return None
         process, descriptor, nonce = parts.groups()
         try:
@@ -71,21 +106,50 @@ class SharedRows:
         except OSError:
             return None
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode) or os.fstat(fd).st_size != _SIZE:
+            if not stat.S_ISREG(os.fstat(fd).st_mode) or os.fstat(fd).st_size != MAX_BYTES:
                 return None
-            memory = mmap.mmap(fd, _SIZE)
+            memory = mmap.mmap(fd, layout.bytes)
         except OSError:
             return None
         finally:
             os.close(fd)
-        return cls(memory, columns) if memory[: len(nonce)] == nonce.encode() else None
+        return cls(memory, layout) if memory[: len(nonce)] == nonce.encode() else None
+
+    def _part(self, index: int) -> Rows:
+        rows, columns = self.layout.rows, self.layout.columns
+        start = _PAGE + index * self.layout.part_bytes
+        return np.frombuffer(self._memory, np.float32, rows * columns, start).reshape(rows, columns)
+
+
+class Offer:
+    """Memory that a router offers before it knows how much of it the server wants. `text` is for its hello."""
+
+    def __init__(self, fd: int, nonce: str) -> None:
+        self.text, self._fd = f"{os.getpid()}:{fd}:{nonce}", fd
+
+    @classmethod
+    def make(cls) -> Offer | None:
+        """A new one; None where there is no such memory."""
+        if not hasattr(os, "memfd_create"):
+            return None
+        fd, nonce = os.memfd_create("moering-rows", os.MFD_CLOEXEC), secrets.token_hex(16)
+        try:
+            os.ftruncate(fd, MAX_BYTES)
+            os.pwrite(fd, nonce.encode(), 0)
+        except OSError:
+            os.close(fd)
+            return None
+        return cls(fd, nonce)
+
+    def accepted(self, layout: Layout) -> SharedRows | None:
+        """The memory as the server wants it; None where it cannot be mapped."""
+        try:
+            return SharedRows(mmap.mmap(self._fd, layout.bytes), layout)
+        except OSError:
+            return None
 
     def withdraw(self) -> None:
         """Nobody else may open it from now on."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _rows(memory: mmap.mmap, index: int, rows: int, columns: int) -> Rows:
-    return np.frombuffer(memory, np.float32, rows * columns, _PAGE + index * SLOT_BYTES).reshape(rows, columns)

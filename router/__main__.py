@@ -22,6 +22,7 @@ from moering.leader import finder
 from moering.lease import LeaseClient
 from moering.process import incarnation, install_signal_handlers, run_main
 from moering.protocol import Hello, Lease, Leave, MemberInfo, Register, View
+from moering.shared_rows import MAX_SLOTS, SLOTS
 from router.config import Config
 from router.engine import Engine
 from router.exchange import Exchange
@@ -47,7 +48,10 @@ class Router:
         socket = transport.make_socket(zmq.ROUTER, queue_messages=100_000)
         self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
         poller = zmq.Poller()
-        hello = Hello("router", self.id, self.incarnation, self.model, self.checkpoint.digest)
+        slots = min(MAX_SLOTS, SLOTS * config.micro_batches)
+        hello = Hello(
+            "router", self.id, self.incarnation, self.model, self.checkpoint.digest, shared_slots=slots
+        )  # fmt: skip
         self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic)
         frontend = Frontend(
             socket, self.id, self.incarnation, config.max_num_seqs, self.model, self.checkpoint.digest

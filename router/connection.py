@@ -12,7 +12,7 @@ from moering.errors import ProtocolError
 from moering.expert_frames import INLINE, Reply
 from moering.expert_frames import Dispatch as DispatchMessage
 from moering.protocol import Hello, MemberInfo, Welcome
-from moering.shared_rows import SLOTS, SharedRows
+from moering.shared_rows import Layout, Offer, SharedRows
 from router.instructions import Dispatch
 
 
@@ -24,9 +24,10 @@ class Connection:
         self.server_id, self.incarnation = server.server_id, server.incarnation
         self.key = server.server_id, server.incarnation
         self.welcomed, self.open = False, True
-        self._router, self._hidden_size = hello.incarnation, hidden_size
-        self._shared = SharedRows.create(hidden_size) if transport.is_local(server.address) else None
-        self._free_slots: list[int] = []  # none before the server has accepted the segment
+        self._router, self._hidden_size, self._slots = hello.incarnation, hidden_size, hello.shared_slots
+        self._offer = Offer.make() if self._slots and transport.is_local(server.address) else None
+        self._shared: SharedRows | None = None
+        self._free_slots: list[int] = []  # none before the server has accepted the offer
         self._slot_of: dict[int, int] = {}  # by seq, until the answer is here
         self.socket = transport.make_socket(zmq.DEALER, transport.DATA, queue_messages=10_000)
         self.watch = transport.watch_disconnects(self.socket)
@@ -35,8 +36,8 @@ class Connection:
         except OSError:
             self.close()
             raise
-        if self._shared is not None:
-            hello = dataclasses.replace(hello, shared_rows=self._shared.offer)
+        if self._offer is not None:
+            hello = dataclasses.replace(hello, shared_rows=self._offer.text)
         transport.try_send(self.socket, [protocol.encode(hello)])
 
     def register(self, poller: zmq.Poller) -> None:
@@ -50,16 +51,18 @@ class Connection:
         poller.unregister(self.watch)
 
     def welcome(self, message: Welcome) -> None:
-        """The server takes dispatches, and rows in shared memory if it could open the segment. Only the first counts:
-        slots may be in use when another one comes."""
+        """The server takes dispatches, and rows in shared memory if it could open what was offered. Only the first
+        counts: slots may be in use when another one comes. Raises `ProtocolError` for slots that cannot be."""
         if self.welcomed:
             return
+        if self._offer is not None and message.slot_rows:
+            layout = Layout(self._slots, message.slot_rows, self._hidden_size)
+            if not layout.possible:
+                raise ProtocolError(f"slots of {message.slot_rows} rows")
+            self._shared = self._offer.accepted(layout)
+            self._free_slots = list(range(self._slots))
         self.welcomed = True
-        if self._shared is not None and message.shared_rows:
-            self._shared.withdraw()
-            self._free_slots = list(range(SLOTS))
-        else:
-            self._drop_segment()
+        self._withdraw()
 
     def lost(self) -> bool:
         """Whether the watch has anything to say: all that it watches for means that this connection is over."""
@@ -73,8 +76,8 @@ class Connection:
         """Send the dispatch's rows of `hidden` float32 [n, hidden_size], without blocking."""
         pairs = len(d.experts)
         experts = d.experts.astype(np.uint16).tobytes()
-        if self._shared is not None and self._free_slots and self._shared.fits(pairs, hidden.shape[1]):
-            slot = self._slot_of[d.seq] = self._free_slots.pop()
+        if self._shared is not None and self._shared.fits(pairs, hidden.shape[1]) and (slot := self._take_slot()) >= 0:
+            self._slot_of[d.seq] = slot
             hidden.take(d.pair_rows, 0, self._shared.sent[slot][:pairs], "clip")
             message = DispatchMessage(
                 self._router, d.seq, d.layer, d.prefill, experts, "float32", pairs, hidden.shape[1], slot
@@ -84,6 +87,15 @@ class Connection:
         pairs_of = d.local_rows().tobytes() + experts
         message = DispatchMessage(self._router, d.seq, d.layer, d.prefill, pairs_of, "float32", *rows.shape)
         return transport.try_send(self.socket, [protocol.encode(message), memoryview(rows).cast("B")])  # type: ignore[arg-type]
+
+    def _take_slot(self) -> int:
+        """A free slot that has memory, or -1."""
+        assert self._shared is not None
+        while self._free_slots:
+            slot = self._free_slots.pop()
+            if self._shared.ready(slot):
+                return slot
+        return -1
 
     def answered(self, seq: int) -> int:
         """The server owes no answer to this dispatch any more; the slot that it had, which is free now."""
@@ -111,9 +123,10 @@ class Connection:
         self.socket.disable_monitor()
         self.watch.close()
         self.socket.close()
-        self._drop_segment()
+        self._shared = None
+        self._withdraw()
 
-    def _drop_segment(self) -> None:
-        if self._shared is not None:
-            self._shared.withdraw()
-            self._shared = None
+    def _withdraw(self) -> None:
+        if self._offer is not None:
+            self._offer.withdraw()
+            self._offer = None

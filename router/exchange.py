@@ -211,17 +211,25 @@ class Exchange:
             connection.answered(message.seq)
             self._do(self.dispatcher.not_here(server, message.incarnation, message.seq, now))
         elif isinstance(message, Welcome) and message.incarnation == connection.incarnation:
-            connection.welcome(message)
-            self._met.add(connection.key)
-            self.dispatcher.connected(server, message.incarnation, message.credit_rows, message.max_rows, now)
-            self.changed = True
-            logger.info("connected to %s", server)
+            self._welcome(connection, message)
         elif isinstance(message, Refused | Failed):
             reason = message.reason if isinstance(message, Refused) else message.message
             logger.error("%s refused: %s", server, reason)
             self._lose(connection, "it refused", REFUSED_RETRY_S)
         else:
             self._lose(connection, f"an unexpected {message.KIND}", REFUSED_RETRY_S)
+
+    def _welcome(self, connection: Connection, message: Welcome) -> None:
+        try:
+            connection.welcome(message)
+        except ProtocolError as e:
+            self._lose(connection, f"a bad welcome ({e})", REFUSED_RETRY_S)
+        else:
+            server, now = connection.server_id, self._clock()
+            self._met.add(connection.key)
+            self.dispatcher.connected(server, message.incarnation, message.credit_rows, message.max_rows, now)
+            self.changed = True
+            logger.info("connected to %s", server)
 
     def _put(self, connection: Connection, reply: Reply, tensor: memoryview | None) -> None:
         """Write the rows of a reply to the slots it answers."""

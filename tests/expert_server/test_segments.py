@@ -7,43 +7,58 @@ from collections.abc import Iterator
 import pytest
 
 from expert_server.segments import MAX_ROUTERS, Segments
-from moering.shared_rows import SLOTS, SharedRows
+from moering.shared_rows import MAX_SLOTS, SLOT_BYTES, SLOTS, Layout, Offer, SharedRows
+
+LAYOUT = Layout.of(SLOTS, SLOT_BYTES, 8)
 
 
 @pytest.fixture
-def offered() -> Iterator[list[SharedRows]]:
-    made = [m for m in (SharedRows.create(8) for _ in range(2)) if m is not None]
+def offers() -> Iterator[list[Offer]]:
+    made = [m for m in (Offer.make() for _ in range(2)) if m is not None]
     assert len(made) == 2
     yield made
-    for segment in made:
-        segment.withdraw()
+    for offer in made:
+        offer.withdraw()
 
 
-def test_a_late_dispatch_of_a_connection_that_was_given_up_reaches_no_memory(offered: list[SharedRows]) -> None:
-    old, new = offered
-    segments = Segments(8)
-    assert segments.open(b"first", "router", old.offer)
+def mapped(offer: Offer) -> SharedRows:
+    segment = offer.accepted(LAYOUT)
+    assert segment is not None
+    return segment
+
+
+def test_a_late_dispatch_of_a_connection_that_was_given_up_reaches_no_memory(offers: list[Offer]) -> None:
+    old, new = map(mapped, offers)
+    segments = Segments(8, SLOT_BYTES)
+    assert segments.open(b"first", "router", offers[0].text, SLOTS) == LAYOUT.rows
     parsed = segments.slot(b"first", 1, 3, 8)
     assert parsed is not None
-    assert segments.open(b"second", "router", new.offer)
+    assert segments.open(b"second", "router", offers[1].text, SLOTS)
     assert segments.slot(b"first", 1, 3, 8) is None
     parsed[1][:] = 7.0  # what was in hand when the router came again is answered into the old memory
     assert (old.answered[1][:3] == 7.0).all() and (new.answered[1] == 0.0).all()
 
 
-def test_a_connection_reaches_its_own_slots_only(offered: list[SharedRows]) -> None:
-    segments = Segments(8)
-    assert segments.open(b"a", "one", offered[0].offer) and segments.open(b"b", "other", offered[1].offer)
+def test_a_connection_reaches_its_own_slots_only(offers: list[Offer]) -> None:
+    routers = [mapped(offer) for offer in offers]
+    segments = Segments(8, SLOT_BYTES)
+    assert segments.open(b"a", "one", offers[0].text, SLOTS) and segments.open(b"b", "other", offers[1].text, SLOTS)
     for identity, own in ((b"a", 0), (b"b", 1)):
         pair = segments.slot(identity, 0, 2, 8)
         assert pair is not None
         pair[1][:] = 1.0 + own
-    assert [float(s.answered[0][0, 0]) for s in offered] == [1.0, 2.0]
+    assert [float(s.answered[0][0, 0]) for s in routers] == [1.0, 2.0]
     assert segments.slot(b"a", SLOTS, 2, 8) is None and segments.slot(b"nobody", 0, 2, 8) is None
+    assert segments.slot(b"a", 0, LAYOUT.rows + 1, 8) is None and segments.slot(b"a", 0, 2, 7) is None
 
 
-def test_with_too_many_routers_the_first_has_to_say_hello_again(offered: list[SharedRows]) -> None:
-    segments = Segments(8)
+@pytest.mark.parametrize("slots", [0, MAX_SLOTS + 1])
+def test_a_number_of_slots_that_cannot_be_is_not_used(offers: list[Offer], slots: int) -> None:
+    assert Segments(8, SLOT_BYTES).open(b"a", "one", offers[0].text, slots) == 0
+
+
+def test_with_too_many_routers_the_first_has_to_say_hello_again(offers: list[Offer]) -> None:
+    segments = Segments(8, SLOT_BYTES)
     for n in range(MAX_ROUTERS + 1):
-        assert segments.open(f"i{n}".encode(), f"r{n}", offered[0].offer)
+        assert segments.open(f"i{n}".encode(), f"r{n}", offers[0].text, SLOTS)
     assert segments.slot(b"i0", 0, 1, 8) is None and segments.slot(b"i1", 0, 1, 8) is not None

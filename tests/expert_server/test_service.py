@@ -105,7 +105,7 @@ def test_an_expert_that_is_not_here_is_said_so(router, service):
     assert reply == NotHere(9, 1, 5, 17)
 
 
-@pytest.mark.parametrize("garbage", [b"", b"\xff" * 50, b"\x81\xa1v\x02", protocol.encode(Refused("no", False))])
+@pytest.mark.parametrize("garbage", [b"", b"\xff" * 50, b"\x81\xa1v\x03", protocol.encode(Refused("no", False))])
 def test_garbage_costs_its_sender_an_error_and_others_nothing(router, service, garbage):
     other = Router(service[1])
     message, _ = other.ask(garbage)

@@ -47,9 +47,9 @@ def test_rows_that_follow_come_with_it(message: Dispatch | Reply, data: st.DataO
         ([encode(dispatch(dtype="float16")), bytes(24)], "24 bytes; dtype and shape ask for 12"),
         ([encode(dispatch(rows=(1 << 32) - 1, columns=(1 << 32) - 1)), bytes(24)], "ask for"),
         ([b"\xc1"], "protocol version none"),
-        ([b"\xc1\x01" + bytes(40)], "protocol version 01; this process speaks 2"),
-        ([b"\xc1\x02\x01\x09" + bytes(40)], "neither dispatch nor reply"),  # a dtype that there is not
-        ([b"\xc1\x02\x07\x00" + bytes(40)], "kind 7 is neither"),
+        ([b"\xc1\x01" + bytes(40)], "protocol version 01; this process speaks 3"),
+        ([b"\xc1\x03\x01\x09" + bytes(40)], "neither dispatch nor reply"),  # a dtype that there is not
+        ([b"\xc1\x03\x07\x00" + bytes(40)], "kind 7 is neither"),
         ([encode(dispatch())[:30], bytes(24)], "neither dispatch nor reply"),
         ([encode(Reply(1, 2, 3, 4, "float32", 2, 3)) + b"\0", bytes(24)], "neither dispatch nor reply"),
     ],

@@ -143,7 +143,7 @@ SUBMIT = Submit("r", 0, [1], [], protocol.Sampling(max_tokens=4), 60.0)
     ("frames", "text"),
     [
         ([], "empty"),
-        ([header(HELLO, v=1)], "version 1; this process speaks 2"),
+        ([header(HELLO, v=1)], "version 1; this process speaks 3"),
         ([header(HELLO, v=...)], "version None"),
         ([header(HELLO, kind="hullo")], "unknown message kind 'hullo'"),
         ([header(HELLO, kind=7)], "unknown message kind 7"),

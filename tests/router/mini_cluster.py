@@ -16,6 +16,7 @@ from expert_server.service import Service
 from moering import protocol, transport
 from moering.checkpoint import Checkpoint
 from moering.protocol import Failed, Hello, MemberInfo, Sampling, Submit, Tokens, View
+from moering.shared_rows import SLOTS
 from router.__main__ import build_engine
 from router.config import Config
 from router.exchange import Exchange
@@ -82,7 +83,7 @@ class MiniCluster:
         self.checkpoint, self.backend = Checkpoint(checkpoint_path), CpuBackend("auto", 1)
         self.servers = beside.servers if beside else [self.start(i) for i in range(n)]
         poller, router = zmq.Poller(), 2 if beside else 1
-        hello = Hello("router", f"r{router}", router, "m", self.checkpoint.digest)
+        hello = Hello("router", f"r{router}", router, "m", self.checkpoint.digest, shared_slots=SLOTS)
         self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic)
         socket = transport.make_socket(zmq.ROUTER)
         self.address = transport.bind(socket, f"ipc://{directory}/r{router}")

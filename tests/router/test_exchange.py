@@ -13,7 +13,7 @@ from expert_server.service import Service
 from moering import protocol, transport
 from moering.expert_frames import INLINE, ITEM_BYTES, Reply
 from moering.protocol import Hello, MemberInfo, View
-from moering.shared_rows import SLOTS, SharedRows
+from moering.shared_rows import MAX_BYTES, SLOTS, Layout, SharedRows
 from router.exchange import HANDSHAKE_S, Exchange
 
 LAYERS, EXPERTS, HIDDEN, TOP_K = 2, 4, 8, 2
@@ -73,7 +73,8 @@ class Rows:
 class Harness:
     def __init__(self):
         self.poller = zmq.Poller()
-        self.exchange = Exchange(Hello("router", "r", 7, "model", "digest"), HIDDEN, self.poller, time.monotonic)
+        hello = Hello("router", "r", 7, "model", "digest", shared_slots=SLOTS)
+        self.exchange = Exchange(hello, HIDDEN, self.poller, time.monotonic)
         self.epoch = 0
 
     def view(self, *servers, routing=None):
@@ -139,7 +140,7 @@ def test_rows_travel_and_results_land_in_their_slots(harness, servers):
 
 
 def test_without_shared_memory_rows_travel_in_frames(harness, servers, monkeypatch):
-    monkeypatch.setattr(SharedRows, "open", lambda name, columns: None)
+    monkeypatch.setattr(SharedRows, "open", lambda offer, layout: None)
     a, b = (s.serve() for s in servers)
     harness.view(a, b)
     harness.connected(a, b)
@@ -221,18 +222,42 @@ def test_a_second_welcome_gives_out_no_slot_twice(harness, servers):
     harness.view(a)
     harness.until(lambda: a.socket.poll(0))
     identity, hello = a.socket.recv_multipart()
-    segment = SharedRows.open(protocol.decode([hello])[0].shared_rows, HIDDEN)
-    harness_welcome(a, identity, shared=True)
+    segment = SharedRows.open(protocol.decode([hello])[0].shared_rows, Layout(SLOTS, 16, HIDDEN))
+    harness_welcome(a, identity, slot_rows=16)
     harness.connected(a)
     slots = []
     for work in range(2):
         harness.exchange.submit(Rows(IDS, layer=work))
         header = a.socket.recv_multipart()[1]
         slots.append(protocol.decode([header])[0].slot)
-        harness_welcome(a, identity, shared=True)
+        harness_welcome(a, identity, slot_rows=16)
         harness.exchange.handle(harness.poller.poll(10_000))
     assert segment is not None
     assert len(set(slots)) == 2
+
+
+def test_a_welcome_with_impossible_slots_costs_its_server_the_connection(harness, servers):
+    a, _ = servers
+    harness.view(a)
+    harness.until(lambda: a.socket.poll(0))
+    identity, _ = a.socket.recv_multipart()
+    harness_welcome(a, identity, slot_rows=MAX_BYTES)
+    harness.until(lambda: "a" not in harness.exchange._connections)
+    assert harness.exchange.suspects == ["a"]
+
+
+def test_a_slot_for_which_there_is_no_memory_is_given_up(harness, servers, monkeypatch):
+    a, b = (s.serve() for s in servers)
+    harness.view(a, b)
+    harness.connected(a, b)
+    monkeypatch.setattr(SharedRows, "ready", lambda self, slot: slot == 0)
+    for n in range(2):
+        rows = Rows(IDS, layer=n)
+        harness.exchange.submit(rows)
+        harness.finish()
+        assert (rows.output == rows.expected()).all()
+    connections = harness.exchange._connections.values()
+    assert [c._free_slots for c in connections] == [[0], [0]]
 
 
 def only_welcomes(harness, a, b):
@@ -247,8 +272,8 @@ def only_welcomes(harness, a, b):
     return identity
 
 
-def harness_welcome(server, identity, shared=False):
-    welcome = protocol.Welcome(server.name, server.incarnation, 100, 100, shared)
+def harness_welcome(server, identity, slot_rows=0):
+    welcome = protocol.Welcome(server.name, server.incarnation, 100, 100, slot_rows)
     server.socket.send_multipart([identity, protocol.encode(welcome)])
 
 

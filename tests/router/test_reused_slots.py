@@ -11,7 +11,7 @@ import pytest
 from moering import protocol
 from moering.expert_frames import INLINE, Dispatch, Reply
 from moering.protocol import NotHere, Welcome
-from moering.shared_rows import SLOTS, SharedRows
+from moering.shared_rows import SLOTS, Layout, SharedRows
 from tests.router.test_exchange import EXPERTS, HIDDEN, LAYERS, Harness, Rows, Server
 
 IDS = [[0, 1], [2, 3], [1, 2], [3, 0]]
@@ -31,11 +31,12 @@ class ByHand:
         self.harness.until(lambda: self.server.socket.poll(0))
         identity, header = self.server.socket.recv_multipart()
         hello, _ = protocol.decode([header])
-        segment = SharedRows.open(hello.shared_rows, HIDDEN)
+        layout = Layout(hello.shared_slots, 1000, HIDDEN)
+        segment = SharedRows.open(hello.shared_rows, layout)
         assert segment is not None
         self.identities.append(identity)
         self.segments.append(segment)
-        self.say(Welcome("a", self.server.incarnation, 1000, 1000, True))
+        self.say(Welcome("a", self.server.incarnation, 1000, 1000, layout.rows))
         self.harness.connected(self.server)
 
     def say(self, message: object, connection: int = -1) -> None:
