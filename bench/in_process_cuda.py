@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench.local_experts_cuda import LocalExperts
+from kernels.triton_combine import add_combined
 from moering.checkpoint import Checkpoint
 from router.buffers_cuda import Step
 from router.decoder_cuda import Decoder
@@ -50,6 +51,6 @@ class WholeDecoder(Decoder):
 
     def _run_experts(self, step: Step, layer: int) -> None:
         pairs = step.padded * self.config.top_k
-        x, ids = self._scratch.normed[: step.padded], self._scratch.local_ids[: step.padded].view(-1)
+        x, ids = step.inputs, self._scratch.local_ids[: step.padded].view(-1)
         self._experts[layer].forward(x, ids, top_k=self.config.top_k, out=self._outputs[:pairs])
-        self._add(step, self._outputs[:pairs])
+        add_combined(step.residual, self._outputs[:pairs], step.topk_weights)

@@ -105,8 +105,8 @@ class Experts:
         slots = gone.flatten().nonzero().flatten()
         lost = torch.zeros(mb.rows, dtype=torch.bool)
         lost[hopeless(mb.topk_weights, slots)] = True
-        leave_out(mb.topk_weights, mb.expert_output, (gone & ~lost.unsqueeze(1)).flatten().nonzero().flatten())
-        mb.expert_output[lost] = 0.0
+        leave_out(mb.topk_weights, (gone & ~lost.unsqueeze(1)).flatten().nonzero().flatten())
+        mb.expert_output[gone | lost.unsqueeze(1)] = 0.0
         return gone.any(1), lost
 
 

@@ -22,6 +22,7 @@ from moering.protocol import Hello, MemberInfo, View
 from moering.shared_rows import SLOTS
 from router.connection import Connection
 from router.exchange import Exchange
+from router.expert_rows import HostRows
 
 CONNECT_S = 30.0
 
@@ -44,9 +45,10 @@ class Batch:
         hidden = rng.standard_normal((rows, hidden_size), np.float32)
         return cls(0, hidden, ids.astype(np.int64), np.empty((rows * top_k, hidden_size), np.float32))
 
-    def expert_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    @property
+    def expert_rows(self) -> HostRows:
         """See `router.exchange.Rows`."""
-        return self.hidden, self.topk_ids, self.output
+        return HostRows(self.hidden, self.output)
 
 
 class TimedExchange(Exchange):

@@ -29,6 +29,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def dtype(self) -> str:
+        """What it computes in, so that rows of this type lose nothing: a name of `moering.expert_frames.ITEM_BYTES`."""
+        ...
+
+    @property
     def max_tensor_bytes(self) -> int:
         """Rows that one message may bring: what a call should not be larger than, since it holds up the others."""
         ...
@@ -58,7 +63,8 @@ class Backend(Protocol):
         """`out[i]` = expert of pair i applied to `hidden[rows[i]]`; pairs are sorted by expert, `counts` of each.
 
         Without `rows` pair i has row i.
-        `hidden` and `out` are float32 [n, hidden size] and [pairs, hidden size].
+        `hidden` and `out` are [n, hidden size] and [pairs, hidden size], both float32 or both of `dtype` (as arrays:
+        `moering.shared_rows.ARRAYS`).
         """
         ...
 

@@ -37,6 +37,11 @@ class CpuBackend:
         return 0
 
     @property
+    def dtype(self) -> str:
+        """What rows have, whatever the weights are stored in."""
+        return "float32"
+
+    @property
     def max_tensor_bytes(self) -> int:
         """What keeps a long prompt from holding up decoding."""
         return MAX_TENSOR_BYTES

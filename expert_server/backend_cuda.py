@@ -1,6 +1,7 @@
 """Experts on a GPU: all of a server's experts in one tensor, one copy in each direction per grouped call.
 
-Rows, their places and the tile list travel to the GPU as one piece of pinned memory, results come back as one. All
+The places of rows and the tile list travel to the GPU as one piece of pinned memory, together with float32 rows, which
+are rounded on the way; bf16 ones go straight from where they lie to the GPU, and their results straight back. All
 memory is allotted at the start, and every kernel compiled, so that computing can neither stall nor run out of memory.
 """
 
@@ -15,11 +16,13 @@ import torch
 
 from expert_server.host_replicas_cuda import PinnedReplicas
 from expert_server.slots_cuda import CudaExpert, Slots
+from kernels.tensors import rows_tensor
 from kernels.triton_expert_ffn import GroupedExperts, numerics_fingerprint
 from kernels.triton_grouping import TILE_FIELDS, Grouping, list_tiles
 from kernels.triton_tiling import choose_tiling
 from moering.checkpoint import ExpertWeights
 from moering.errors import ConfigError
+from moering.expert_frames import ITEM_BYTES
 from moering.protocol import MAX_FRAME_BYTES
 from moering.transport import SPIN_S
 
@@ -33,7 +36,7 @@ _ALIGN = 64  # integers
 
 
 class CudaBackend:
-    """See `expert_server.backend.Backend`. Weights and rows are bf16, results of a bf16 product in float32 frames."""
+    """See `expert_server.backend.Backend`. Weights, rows and results are bf16, in float32 frames as well."""
 
     def __init__(
         self,
@@ -70,9 +73,14 @@ class CudaBackend:
         return self._slots.capacity
 
     @property
+    def dtype(self) -> str:
+        """Of weights, rows and results."""
+        return "bfloat16"
+
+    @property
     def max_tensor_bytes(self) -> int:
         """One kernel call's, as far as a frame holds it: every message costs, a call of many pairs not much more."""
-        return min(CALL_PAIRS * 4 * self._hidden, MAX_FRAME_BYTES)
+        return min(CALL_PAIRS * ITEM_BYTES[self.dtype] * self._hidden, MAX_FRAME_BYTES)
 
     @property
     def slot_bytes(self) -> int:
@@ -132,7 +140,7 @@ class CudaBackend:
                     seen.add(tiling)
                     counts = np.full(experts, pairs // experts)
                     counts[0] += pairs % experts
-                    x, out = np.zeros((1, hidden), np.float32), np.empty((pairs, hidden), np.float32)
+                    x, out = np.zeros((1, hidden), np.int16), np.empty((pairs, hidden), np.int16)
                     self._compute(x, np.zeros(pairs, np.int64), counts, np.arange(experts, dtype=np.int32), out)
 
 
@@ -165,16 +173,24 @@ class _Workspace:
         self._ints[self._tiles_at : tiles_end] = tiles.reshape(-1)
         x_at = tiles_end + -tiles_end % _ALIGN
         x_end = x_at + count * self._hidden // 2
-        self._host[x_at:x_end].view(torch.bfloat16).view(count, -1).copy_(torch.from_numpy(hidden))
-        self._device[:x_end].copy_(self._host[:x_end], non_blocking=True)
+        x = self._device[x_at:x_end].view(torch.bfloat16).view(count, -1)
+        wide = hidden.dtype == np.float32
+        if wide:
+            self._host[x_at:x_end].view(torch.bfloat16).view(count, -1).copy_(torch.from_numpy(hidden))
+        else:
+            x.copy_(rows_tensor(hidden), non_blocking=True)
+        end = x_end if wide else tiles_end
+        self._device[:end].copy_(self._host[:end], non_blocking=True)
         order, row_ids = (self._device[at : at + pairs] for at in (self._order_at, self._rows_at))
         on_device = self._device[self._tiles_at : tiles_end].view(-1, TILE_FIELDS.value)
-        x = self._device[x_at:x_end].view(torch.bfloat16).view(count, -1)
         return x, Grouping(order, row_ids, on_device, self._device[:1], block_m)
 
     def receive(self, pairs: int, out: np.ndarray) -> None:
-        """Wait for the results and widen them into `out`."""
-        self._host_results[:pairs].copy_(self.results[:pairs], non_blocking=True)
+        """Wait for the results, and until nothing reads what `send` was given; float32 ones are widened into `out`."""
+        wide = out.dtype == np.float32
+        target = self._host_results[:pairs] if wide else rows_tensor(out)
+        target.copy_(self.results[:pairs], non_blocking=True)
         if self._cuda:
             torch.cuda.current_stream().synchronize()
-        torch.from_numpy(out).copy_(self._host_results[:pairs])
+        if wide:
+            torch.from_numpy(out).copy_(target)

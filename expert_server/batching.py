@@ -7,6 +7,17 @@ from typing import NamedTuple
 import numpy as np
 
 from moering.expert_frames import Dispatch
+from moering.shared_rows import ARRAYS
+
+
+class Limits(NamedTuple):
+    """What a dispatch may ask for."""
+
+    layers: int
+    experts: int
+    hidden_size: int
+    pairs: int  # of one message
+    dtypes: tuple[str, ...] = ("float32",)
 
 
 class Request(NamedTuple):
@@ -14,11 +25,11 @@ class Request(NamedTuple):
 
     identity: bytes
     message: Dispatch
-    hidden: np.ndarray  # float32 [rows, hidden_size]
+    hidden: np.ndarray  # [rows, hidden_size], as all rows here of the message's dtype (`moering.shared_rows.ARRAYS`)
     rows: np.ndarray | None  # int64 [pairs], into hidden; None: pair i has row i
     experts: list[int]  # distinct, ascending
     counts: list[int]  # pairs of each
-    out: np.ndarray | None  # float32 [pairs, hidden_size] where the answer is to be put, if it is shared memory
+    out: np.ndarray | None  # [pairs, hidden_size] where the answer is to be put, if it is shared memory
 
     @property
     def pairs(self) -> int:
@@ -27,7 +38,7 @@ class Request(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Requests of one layer as one grouped call, pairs sorted by expert."""
+    """Requests of one layer and dtype as one grouped call, pairs sorted by expert."""
 
     requests: list[Request]
     rows: np.ndarray | None  # int64 [pairs], into the concatenated rows of all requests; None: pair i has row i
@@ -40,20 +51,22 @@ def parse(  # noqa: PLR0911  (one return for each thing that may be wrong)
     identity: bytes,
     message: Dispatch,
     rows: memoryview | tuple[np.ndarray, np.ndarray],
-    limits: tuple[int, int, int, int],
+    limits: Limits,
 ) -> Request | str:
-    """The request in a dispatch, or what is wrong with it. `limits`: layers, experts, hidden size, pairs.
+    """The request in a dispatch, or what is wrong with it.
 
-    `rows` is a frame's bytes, or arrays in shared memory, one row a pair: what was sent, and where the answer goes.
+    `rows` is a frame's bytes, or arrays of a slot in shared memory: what was sent, and where the answer goes.
     """
-    layers, num_experts, hidden_size, max_pairs = limits
-    shared = isinstance(rows, tuple)
-    pairs, rest = divmod(len(message.pairs), 2 if shared else 4)
-    if message.dtype != "float32" or message.columns != hidden_size:
-        return f"{message.dtype} rows of {message.columns}; this checkpoint has float32 rows of {hidden_size}"
+    layers, num_experts, hidden_size, max_pairs, dtypes = limits
+    row_each = isinstance(rows, tuple) and 2 * message.rows == len(message.pairs)  # else it is 4 * pairs
+    pairs, rest = divmod(len(message.pairs), 2 if row_each else 4)
+    if message.dtype not in dtypes or message.columns != hidden_size:
+        return f"{message.dtype} rows of {message.columns}; here are {' or '.join(dtypes)} rows of {hidden_size}"
     if message.layer >= layers:
         return f"layer {message.layer} of {layers}"
-    if rest or not 0 < message.rows <= pairs <= max_pairs or (shared and message.rows != pairs):
+    if isinstance(rows, tuple):
+        max_pairs = min(max_pairs, len(rows[1]))
+    if rest or not 0 < message.rows <= pairs <= max_pairs:
         return f"{len(message.pairs)} bytes of pairs for {message.rows} rows; at most {max_pairs} pairs in one message"
     numbers = memoryview(message.pairs).cast("H").tolist()  # both ends are little-endian
     pair_experts = numbers[-pairs:]
@@ -61,27 +74,31 @@ def parse(  # noqa: PLR0911  (one return for each thing that may be wrong)
     if grouped is None or pair_experts[-1] >= num_experts:
         return f"experts {pair_experts[:8]}… are not sorted, or beyond {num_experts}"
     if isinstance(rows, tuple):
-        return Request(identity, message, rows[0], None, *grouped, rows[1])
+        hidden, out = rows[0][: message.rows], rows[1][:pairs]
+    else:
+        hidden, out = np.frombuffer(rows, ARRAYS[message.dtype]).reshape(message.rows, hidden_size), None
+    if row_each:
+        return Request(identity, message, hidden, None, *grouped, out)
     pair_rows = numbers[:pairs]
     if max(pair_rows) >= message.rows:
         return f"row {max(pair_rows)} of {message.rows}"
-    hidden = np.frombuffer(rows, "<f4").reshape(message.rows, hidden_size)
-    return Request(identity, message, hidden, np.array(pair_rows), *grouped, None)
+    return Request(identity, message, hidden, np.array(pair_rows), *grouped, out)
 
 
 def group(requests: list[Request], max_pairs: int) -> list[Group]:
-    """Grouped calls for these requests: decode before prefill, one call per layer, at most `max_pairs` in a call."""
+    """Grouped calls for these requests, decode before prefill: one call per layer and dtype, of up to `max_pairs`."""
     if len(requests) == 1:  # the common case, and the one that a decode step waits for
         return [_merge(requests)]
     groups: list[list[Request]] = []
-    open_groups: dict[int, tuple[list[Request], int]] = {}
+    open_groups: dict[tuple[int, str], tuple[list[Request], int]] = {}
     for r in sorted(requests, key=lambda r: r.message.prefill):
-        members, pairs = open_groups.get(r.message.layer, ([], max_pairs))
+        key = r.message.layer, r.message.dtype
+        members, pairs = open_groups.get(key, ([], max_pairs))
         if pairs + r.pairs > max_pairs:
             members, pairs = [], 0
             groups.append(members)
         members.append(r)
-        open_groups[r.message.layer] = (members, pairs + r.pairs)
+        open_groups[key] = (members, pairs + r.pairs)
     return [_merge(members) for members in groups]
 
 

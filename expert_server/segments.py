@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moering.expert_frames import Dispatch
 from moering.shared_rows import Layout, SharedRows
 
 MAX_ROUTERS = 64
@@ -19,11 +20,13 @@ class Segments:
         self._by_identity: dict[bytes, SharedRows] = {}
         self._identity_of: dict[str, bytes] = {}  # by router
 
-    def open(self, identity: bytes, router: str, offer: str, slots: int) -> int:
-        """Use the memory that a router offers, for so many slots. Returns the rows of each; 0 when it offers none, or
-        what this process cannot open."""
+    def open(self, identity: bytes, router: str, offer: str, slots: int, dtype: str) -> int:
+        """Use the memory that a router offers, for so many slots of rows of `dtype`.
+
+        Returns the rows of each; 0 when it offers none, or what this process cannot open.
+        """
         self._by_identity.pop(self._identity_of.pop(router, b""), None)
-        segment = SharedRows.open(offer, Layout.of(slots, self._slot_bytes, self._hidden_size))
+        segment = SharedRows.open(offer, Layout.of(slots, self._slot_bytes, self._hidden_size, dtype))
         if segment is None:
             return 0
         while len(self._identity_of) >= MAX_ROUTERS:
@@ -31,10 +34,10 @@ class Segments:
         self._by_identity[identity], self._identity_of[router] = segment, identity
         return segment.layout.rows
 
-    def slot(self, identity: bytes, slot: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """(sent, answered), float32 [rows, hidden_size] each; None where the connection has no such memory."""
-        segment = self._by_identity.get(identity)
-        if segment is None or slot >= segment.layout.slots or not segment.fits(rows, columns):
+    def slot(self, identity: bytes, message: Dispatch) -> tuple[np.ndarray, np.ndarray] | None:
+        """(sent, answered) of the slot that a dispatch names; None where the connection has no such memory."""
+        segment, slot = self._by_identity.get(identity), message.slot
+        if segment is None or slot >= segment.layout.slots or message.dtype != segment.layout.dtype:
             return None
         segment.ready(slot)  # the router has found memory for it
-        return segment.sent[slot][:rows], segment.answered[slot][:rows]
+        return segment.sent[slot], segment.answered[slot]

@@ -17,16 +17,17 @@ from expert_server.residency import Residency
 from expert_server.segments import Segments
 from moering import protocol, transport
 from moering.errors import ProtocolError
-from moering.expert_frames import Dispatch, Reply
+from moering.expert_frames import ITEM_BYTES, Dispatch, Reply
 from moering.protocol import MAX_TENSOR_BYTES, Failed, Hello, NotHere, Refused, Welcome
-from moering.shared_rows import SLOT_BYTES
+from moering.shared_rows import ARRAYS, SLOT_BYTES
 
 logger = logging.getLogger(__name__)
 
 STOP_CHECK_MS = 200
 
 Compute = Callable[[np.ndarray, np.ndarray | None, list[int], list[Any], np.ndarray], None]
-"""(hidden [rows, H], rows [pairs] or None for one row a pair, counts, experts, out [pairs, H]): the grouped kernel."""
+"""(hidden [rows, H], rows [pairs] or None for one row a pair, counts, experts, out [pairs, H]): the grouped kernel.
+`hidden` and `out` are of one type of `moering.shared_rows.ARRAYS`."""
 
 
 class Service(threading.Thread):
@@ -52,19 +53,24 @@ class Service(threading.Thread):
         max_tensor_bytes: int = MAX_TENSOR_BYTES,
         spin_s: float = 0.0,
         slot_bytes: int = SLOT_BYTES,
+        dtype: str = "float32",
     ) -> None:
         """Begin to serve a checkpoint of `shape` = (layers, experts, hidden_size).
 
         Messages carry at most `max_tensor_bytes` of rows, in shared memory at most `slot_bytes`. After each, the next
-        is looked for without a rest for `spin_s`: a thread that sleeps wakes up late.
+        is looked for without a rest for `spin_s`: a thread that sleeps wakes up late. `compute` takes float32 rows, and
+        those of `dtype`, which routers may ask for.
         """
         self._model, self._digest, self._compute, self._spin_s = model, digest, compute, spin_s
-        hidden_size = shape[2]
-        self._max_pairs = max(1, max_tensor_bytes // (4 * hidden_size))
-        self._limits = (*shape, self._max_pairs)
+        hidden_size, self._dtype = shape[2], dtype
+        dtypes = tuple(dict.fromkeys(("float32", dtype)))
+        self._most_pairs = {d: max(1, max_tensor_bytes // (ITEM_BYTES[d] * hidden_size)) for d in dtypes}
+        self._max_pairs = self._most_pairs[dtype]
+        self._limits = batching.Limits(*shape, self._max_pairs, dtypes)
         self._segments = Segments(hidden_size, slot_bytes)
-        self._hidden = np.zeros((self._max_pairs, hidden_size), np.float32)
-        self._out = np.zeros((self._max_pairs, hidden_size), np.float32)
+        # by dtype: rows of several requests together, and what becomes of them
+        self._hidden = {d: np.zeros((self._max_pairs, hidden_size), ARRAYS[d]) for d in dtypes}
+        self._out = {d: np.zeros((self._max_pairs, hidden_size), ARRAYS[d]) for d in dtypes}
         self._opened.set()
 
     def close(self) -> None:
@@ -140,15 +146,17 @@ class Service(threading.Thread):
                 f"{hello.server_id} asks for {hello.model} with digest {hello.digest:.16}…",
                 fatal=True,
             )
-        slot_rows = self._segments.open(identity, hello.server_id, hello.shared_rows, hello.shared_slots)
-        return Welcome(self._server_id, self._incarnation, self._credit_rows, self._max_pairs, slot_rows)
+        dtype = self._dtype if hello.dtype == self._dtype else "float32"
+        slot_rows = self._segments.open(identity, hello.server_id, hello.shared_rows, hello.shared_slots, dtype)
+        pairs = self._most_pairs[dtype]
+        return Welcome(self._server_id, self._incarnation, self._credit_rows, pairs, slot_rows, dtype)
 
     def _parse(self, identity: bytes, message: Dispatch, tensor: memoryview | None) -> Request | None:
         rows: memoryview | tuple[np.ndarray, np.ndarray] | None = tensor
         if tensor is None:
-            rows = self._segments.slot(identity, message.slot, message.rows, message.columns)
+            rows = self._segments.slot(identity, message)
         if rows is None:
-            request: Request | str = f"{message.rows} rows in slot {message.slot} of memory that is not shared"
+            request: Request | str = f"{message.dtype} rows in slot {message.slot} of memory that is not shared so"
         else:
             request = batching.parse(identity, message, rows, self._limits)
         if isinstance(request, Request):
@@ -167,7 +175,7 @@ class Service(threading.Thread):
         started = time.perf_counter_ns()
         first = group.requests[0]
         if len(group.requests) == 1 and first.out is not None:
-            self._compute(first.hidden, None, group.counts, experts, first.out)
+            self._compute(first.hidden, group.rows, group.counts, experts, first.out)
             parts = [first.out]
         else:
             parts = self._compute_copies(group, experts)
@@ -176,17 +184,17 @@ class Service(threading.Thread):
             m = r.message
             if r.out is not None and rows is not r.out:
                 r.out[:] = rows
-            reply = Reply(m.router, m.seq, self._incarnation, compute_us, "float32", len(rows), m.columns, m.slot)
+            reply = Reply(m.router, m.seq, self._incarnation, compute_us, m.dtype, len(rows), m.columns, m.slot)
             self._send(r.identity, reply, rows if r.out is None else None)
 
     def _compute_copies(self, group: Group, experts: list[Any]) -> list[np.ndarray]:
         """Rows of several requests, or from frames, in one array for the grouped call; aligned, as frames are not."""
-        at = 0
+        dtype, at = group.requests[0].message.dtype, 0
+        hidden, out = self._hidden[dtype], self._out[dtype][: sum(group.counts)]
         for r in group.requests:
-            self._hidden[at : at + len(r.hidden)] = r.hidden
+            hidden[at : at + len(r.hidden)] = r.hidden
             at += len(r.hidden)
-        out = self._out[: sum(group.counts)]
-        self._compute(self._hidden[:at], group.rows, group.counts, experts, out)
+        self._compute(hidden[:at], group.rows, group.counts, experts, out)
         return batching.split(group, out)
 
     def _answer_without(self, group: Group, missing: set[int]) -> None:

@@ -62,7 +62,8 @@ def combine(
 
 @triton.jit
 def _add_combined_kernel(
-    residual_ptr, pair_rows_ptr, weights_ptr, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+    residual_ptr, pair_rows_ptr, weights_ptr, index_ptr, hidden,
+    TOP_K: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -70,21 +71,33 @@ def _add_combined_kernel(
     total = tl.load(residual_ptr + row * hidden + column, mask=mask, other=0.0)
     for slot in tl.static_range(TOP_K):
         pair = row * TOP_K + slot
-        value = tl.load(pair_rows_ptr + pair * hidden + column, mask=mask, other=0.0).to(tl.float32)
+        at = pair
+        present = mask
+        if INDEXED:
+            at = tl.load(index_ptr + pair).to(tl.int64)
+            present = mask & (at >= 0)
+        value = tl.load(pair_rows_ptr + at * hidden + column, mask=present, other=0.0).to(tl.float32)
         total += tl.load(weights_ptr + pair) * value
     tl.store(residual_ptr + row * hidden + column, total, mask=mask)
 
 
-def add_combined(residual: torch.Tensor, pair_rows: torch.Tensor, topk_weights: torch.Tensor) -> None:
+def add_combined(
+    residual: torch.Tensor, pair_rows: torch.Tensor, topk_weights: torch.Tensor, index: torch.Tensor | None = None
+) -> None:
     """residual[n] += topk_weights[n, j] * pair_rows[n * top_k + j], for rising j, multiplied, then added, in float32.
 
     residual: [rows, hidden] float32; pair_rows: [rows * top_k, hidden] of any float dtype; topk_weights: [rows, top_k].
+    index: int32 [rows * top_k], where each pair's row is in pair_rows, then of any length; zeros where it is negative.
     """
     rows, top_k = topk_weights.shape
     hidden = residual.shape[1]
-    if pair_rows.shape != (rows * top_k, hidden) or not (pair_rows.is_contiguous() and residual.is_contiguous()):
+    if index is not None and (index.shape != (rows * top_k,) or index.dtype != torch.int32):
+        raise ValueError(f"an int32 index of {rows * top_k} pairs wanted, got {index.dtype} {tuple(index.shape)}")
+    counted = pair_rows.shape[0] == rows * top_k or index is not None
+    if not counted or pair_rows.shape[1] != hidden or not (pair_rows.is_contiguous() and residual.is_contiguous()):
         raise ValueError(f"contiguous [{rows * top_k}, {hidden}] pair rows wanted, got {tuple(pair_rows.shape)}")
     block = 512
     _add_combined_kernel[(rows, triton.cdiv(hidden, block))](
-        residual, pair_rows, topk_weights, hidden, TOP_K=top_k, BLOCK=block, enable_fp_fusion=False
+        residual, pair_rows, topk_weights, topk_weights if index is None else index, hidden,
+        TOP_K=top_k, INDEXED=index is not None, BLOCK=block, enable_fp_fusion=False,
     )  # fmt: skip

@@ -5,7 +5,7 @@ that a message passes through costs, and these pass at each MoE layer of each st
 map begins with, tells them apart. The same checks apply: bytes become a message or a `ProtocolError`.
 
 Rows travel as a second frame, or lie in memory that both ends share (`moering.shared_rows`): then the message names the
-slot, has no second frame, and the slot holds one row for each pair.
+slot and has no second frame. There a dispatch may hold one row for each pair, in their order, and name experts alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Dispatch(NamedTuple):
     seq: int
     layer: int
     prefill: bool  # decode rows are computed before these
-    pairs: bytes  # uint16: [2, n] row and logical expert of each pair; in shared memory [n], the experts alone; sorted
+    pairs: bytes  # uint16, sorted: [2, n] row and logical expert of each; or [n], the experts of one row each
     dtype: str
     rows: int
     columns: int

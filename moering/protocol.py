@@ -70,6 +70,7 @@ class Hello:
     digest: str  # of the checkpoint; "" where the peer does not read one (gateway)
     shared_rows: str = ""  # from a router: memory that it offers to share (`moering.shared_rows`)
     shared_slots: int = 0  # and how many slots it needs there
+    dtype: str = "float32"  # that a router would like rows to have, if that is what the server computes in
 
 
 @_message("welcome")
@@ -85,6 +86,7 @@ class Welcome:
     credit_rows: int
     max_rows: int
     slot_rows: int = 0  # what a slot of the memory offered with hello holds in each direction; 0: it is not used
+    dtype: str = "float32"  # of all rows of this connection, both ways
 
 
 @_message("refused")

@@ -17,10 +17,12 @@ import os
 import re
 import secrets
 import stat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from moering.expert_frames import ITEM_BYTES
 
 SLOTS = 4
 """For each micro-batch in flight: more than it usually has outstanding at one server."""
@@ -33,9 +35,10 @@ MAX_BYTES = 1 << 30
 _OFFER = re.compile(r"([1-9][0-9]{0,9}):([0-9]{1,7}):([0-9a-f]{32})")  # process, descriptor, nonce
 _PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not name
-_ITEM_BYTES = 4
 
-Rows = npt.NDArray[np.float32]
+ARRAYS: dict[str, npt.DTypeLike] = {"float32": np.float32, "bfloat16": np.int16}
+"""What rows are as arrays. numpy has no bfloat16: their bits."""
+Rows = npt.NDArray[Any]
 
 
 class Layout(NamedTuple):
@@ -44,17 +47,18 @@ class Layout(NamedTuple):
     slots: int
     rows: int  # of a slot, in each direction
     columns: int
+    dtype: str = "float32"
 
     @classmethod
-    def of(cls, slots: int, slot_bytes: int, columns: int) -> Layout:
+    def of(cls, slots: int, slot_bytes: int, columns: int, dtype: str = "float32") -> Layout:
         """So many slots of `slot_bytes` in each direction, or of less where `MAX_BYTES` are too few."""
         most = (MAX_BYTES - _PAGE) // max(1, 2 * slots) // _PAGE * _PAGE
-        return cls(slots, min(slot_bytes, most) // (columns * _ITEM_BYTES), columns)
+        return cls(slots, min(slot_bytes, most) // (columns * ITEM_BYTES[dtype]), columns, dtype)
 
     @property
     def part_bytes(self) -> int:
         """Of one direction of a slot: whole pages."""
-        return -(-self.rows * self.columns * _ITEM_BYTES // _PAGE) * _PAGE
+        return -(-self.rows * self.columns * ITEM_BYTES[self.dtype] // _PAGE) * _PAGE
 
     @property
     def bytes(self) -> int:
@@ -68,7 +72,7 @@ class Layout(NamedTuple):
 
 
 class SharedRows:
-    """`sent[slot]` and `answered[slot]`: float32 [layout.rows, columns] each."""
+    """`sent[slot]` and `answered[slot]`: [layout.rows, columns] each, of the type in `ARRAYS`."""
 
     def __init__(self, memory: mmap.mmap, layout: Layout) -> None:
         self.layout = layout
@@ -76,10 +80,6 @@ class SharedRows:
         self._ready: set[int] = set()
         self.sent = [self._part(2 * slot) for slot in range(layout.slots)]
         self.answered = [self._part(2 * slot + 1) for slot in range(layout.slots)]
-
-    def fits(self, rows: int, columns: int) -> bool:
-        """Whether a slot holds such rows."""
-        return rows <= self.layout.rows and columns == self.layout.columns
 
     def ready(self, slot: int) -> bool:
         """Take the slot's memory at its first use. False where memory is short: writing there would kill the writer."""
@@ -116,9 +116,9 @@ class SharedRows:
         return cls(memory, layout) if memory[: len(nonce)] == nonce.encode() else None
 
     def _part(self, index: int) -> Rows:
-        rows, columns = self.layout.rows, self.layout.columns
+        _, rows, columns, dtype = self.layout
         start = _PAGE + index * self.layout.part_bytes
-        return np.frombuffer(self._memory, np.float32, rows * columns, start).reshape(rows, columns)
+        return np.frombuffer(self._memory, ARRAYS[dtype], rows * columns, start).reshape(rows, columns)
 
 
 class Offer:

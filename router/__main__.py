@@ -50,7 +50,8 @@ class Router:
         poller = zmq.Poller()
         slots = min(MAX_SLOTS, SLOTS * config.micro_batches)
         hello = Hello(
-            "router", self.id, self.incarnation, self.model, self.checkpoint.digest, shared_slots=slots
+            "router", self.id, self.incarnation, self.model, self.checkpoint.digest, shared_slots=slots,
+            dtype="bfloat16" if config.device == "cuda" else "float32",
         )  # fmt: skip
         self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic)
         frontend = Frontend(

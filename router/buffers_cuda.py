@@ -28,7 +28,7 @@ class Limits:
 
 
 class Scratch:
-    """Intermediate results of one segment. `for_host` is copied to the host as one piece: inputs, then expert ids."""
+    """Intermediate results of one segment."""
 
     def __init__(self, config: MoEModelConfig, limits: Limits, device: torch.device) -> None:
         rows, hidden, top_k, c = limits.rows, config.hidden_size, config.top_k, config
@@ -38,21 +38,23 @@ class Scratch:
         self.mixed = torch.zeros_like(self.query)
         self.scores = torch.zeros(rows, c.num_experts, device=device)
         self.local_ids = torch.zeros(rows, top_k, dtype=torch.int32, device=device)
-        self.for_host = torch.zeros(_host_bytes(config, rows), dtype=torch.uint8, device=device)
-        self.expert_output = torch.zeros(rows * top_k, hidden, device=device)
+        self.ids = torch.zeros(rows, top_k, dtype=torch.int64, device=device)
         self.decode = DecodeScratch.empty(limits.decode_rows, limits.splits, c.num_heads, c.head_dim, device)
 
 
 class Buffers:
-    """What one micro-batch keeps between segments."""
+    """What one micro-batch keeps between segments. `outputs` lie as they arrived, `index` says where each is."""
 
     def __init__(self, config: MoEModelConfig, limits: Limits, tile_rows: int, device: torch.device) -> None:
         rows, pinned = limits.rows, device.type == "cuda"
         self.residual = torch.zeros(rows, config.hidden_size, device=device)
         self.topk_weights = torch.zeros(rows, config.top_k, device=device)
         self.tables = RowTables(rows, limits.pages, tile_rows, device)
-        self.from_device = torch.zeros(_host_bytes(config, rows), dtype=torch.uint8, pin_memory=pinned)
-        self.expert_output = torch.zeros(rows * config.top_k, config.hidden_size, pin_memory=pinned)
+        self.inputs = torch.zeros(rows, config.hidden_size, dtype=COMPUTE_DTYPE, device=device)
+        self.outputs = torch.zeros(rows * config.top_k, config.hidden_size, dtype=COMPUTE_DTYPE, device=device)
+        self.index = torch.full((rows * config.top_k,), -1, dtype=torch.int32, device=device)
+        self.host_index = torch.full((rows * config.top_k,), -1, dtype=torch.int32, pin_memory=pinned)
+        self.host_ids = torch.zeros(rows, config.top_k, dtype=torch.int64, pin_memory=pinned)
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,7 @@ class Step:
         """float32 [padded, k]."""
         return self.buffers.topk_weights[: self.padded]
 
-
-def unpack(config: MoEModelConfig, packed: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(expert inputs float32 [rows, hidden], expert ids int64 [rows, k]) of a packed buffer for `rows` rows."""
-    middle, end = 4 * rows * config.hidden_size, _host_bytes(config, rows)
-    inputs = packed[:middle].view(torch.float32).view(rows, config.hidden_size)
-    return inputs, packed[middle:end].view(torch.int64).view(rows, config.top_k)
-
-
-def _host_bytes(config: MoEModelConfig, rows: int) -> int:
-    return rows * (4 * config.hidden_size + 8 * config.top_k)
+    @property
+    def inputs(self) -> torch.Tensor:
+        """bf16 [padded, hidden]: of the layer's experts."""
+        return self.buffers.inputs[: self.padded]

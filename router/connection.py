@@ -12,7 +12,9 @@ from moering.errors import ProtocolError
 from moering.expert_frames import INLINE, Reply
 from moering.expert_frames import Dispatch as DispatchMessage
 from moering.protocol import Hello, MemberInfo, Welcome
-from moering.shared_rows import Layout, Offer, SharedRows
+from moering.shared_rows import ARRAYS, Layout, Offer, SharedRows
+from moering.transport import Frames
+from router.expert_rows import ExpertRows
 from router.instructions import Dispatch
 
 
@@ -25,6 +27,7 @@ class Connection:
         self.key = server.server_id, server.incarnation
         self.welcomed, self.open = False, True
         self._router, self._hidden_size, self._slots = hello.incarnation, hidden_size, hello.shared_slots
+        self._dtype = hello.dtype  # until the welcome, what is asked for
         self._offer = Offer.make() if self._slots and transport.is_local(server.address) else None
         self._shared: SharedRows | None = None
         self._free_slots: list[int] = []  # none before the server has accepted the offer
@@ -52,11 +55,14 @@ class Connection:
 
     def welcome(self, message: Welcome) -> None:
         """The server takes dispatches, and rows in shared memory if it could open what was offered. Only the first
-        counts: slots may be in use when another one comes. Raises `ProtocolError` for slots that cannot be."""
+        counts: slots may be in use when another one comes. Raises `ProtocolError` for rows or slots that cannot be."""
         if self.welcomed:
             return
+        if message.dtype not in ("float32", self._dtype):
+            raise ProtocolError(f"rows in {message.dtype} where {self._dtype} was asked for")
+        self._dtype = message.dtype
         if self._offer is not None and message.slot_rows:
-            layout = Layout(self._slots, message.slot_rows, self._hidden_size)
+            layout = Layout(self._slots, message.slot_rows, self._hidden_size, message.dtype)
             if not layout.possible:
                 raise ProtocolError(f"slots of {message.slot_rows} rows")
             self._shared = self._offer.accepted(layout)
@@ -72,30 +78,34 @@ class Connection:
         """The next message, if one is waiting."""
         return transport.try_receive(self.socket)
 
-    def send(self, d: Dispatch, hidden: np.ndarray) -> bool:
-        """Send the dispatch's rows of `hidden` float32 [n, hidden_size], without blocking."""
-        pairs = len(d.experts)
-        experts = d.experts.astype(np.uint16).tobytes()
-        if self._shared is not None and self._shared.fits(pairs, hidden.shape[1]) and (slot := self._take_slot()) >= 0:
+    def pack(self, d: Dispatch, rows: ExpertRows) -> Frames:
+        """The dispatch's rows to a slot of shared memory, where that is possible: the frames that are then to be sent,
+        once `rows` have settled."""
+        router, slot = self._router, self._take_slot(len(d.experts))
+        if self._shared is not None and slot != INLINE:
             self._slot_of[d.seq] = slot
-            hidden.take(d.pair_rows, 0, self._shared.sent[slot][:pairs], "clip")
+            count, pairs = rows.pack(d, self._shared.sent[slot])
             message = DispatchMessage(
-                self._router, d.seq, d.layer, d.prefill, experts, "float32", pairs, hidden.shape[1], slot
+                router, d.seq, d.layer, d.prefill, pairs, self._dtype, count, self._hidden_size, slot
             )  # fmt: skip
-            return transport.try_send(self.socket, [protocol.encode(message)])
-        rows = hidden if len(d.rows) == len(hidden) else hidden[d.rows]
-        pairs_of = d.local_rows().tobytes() + experts
-        message = DispatchMessage(self._router, d.seq, d.layer, d.prefill, pairs_of, "float32", *rows.shape)
-        return transport.try_send(self.socket, [protocol.encode(message), memoryview(rows).cast("B")])  # type: ignore[arg-type]
+            return [protocol.encode(message)]
+        sent = rows.frame(d, self._dtype)
+        pairs = d.local_rows().tobytes() + d.experts.astype(np.uint16).tobytes()
+        message = DispatchMessage(router, d.seq, d.layer, d.prefill, pairs, self._dtype, *sent.shape)
+        return [protocol.encode(message), memoryview(sent).cast("B")]  # type: ignore[arg-type]
 
-    def _take_slot(self) -> int:
-        """A free slot that has memory, or -1."""
-        assert self._shared is not None
-        while self._free_slots:
-            slot = self._free_slots.pop()
-            if self._shared.ready(slot):
-                return slot
-        return -1
+    def send(self, frames: Frames) -> bool:
+        """Send, without blocking."""
+        return transport.try_send(self.socket, frames)
+
+    def _take_slot(self, pairs: int) -> int:
+        """A free slot that holds so many rows, and has memory."""
+        if self._shared is not None and pairs <= self._shared.layout.rows:
+            while self._free_slots:
+                slot = self._free_slots.pop()
+                if self._shared.ready(slot):
+                    return slot
+        return INLINE
 
     def answered(self, seq: int) -> int:
         """The server owes no answer to this dispatch any more; the slot that it had, which is free now."""
@@ -105,15 +115,15 @@ class Connection:
         return slot
 
     def rows_of(self, reply: Reply, slot: int, tensor: memoryview | None) -> np.ndarray:
-        """The rows of a reply to a dispatch in `slot`, float32 [rows, hidden_size], good until the next `send`.
+        """The rows of a reply to a dispatch in `slot`, [rows, hidden_size], good until the next `pack`.
 
         Raises `ProtocolError` where they are not what or where they should be.
         """
-        if reply.dtype != "float32" or reply.columns != self._hidden_size:
+        if reply.dtype != self._dtype or reply.columns != self._hidden_size:
             raise ProtocolError(f"{reply.dtype} rows of {reply.columns}")
         if tensor is not None:
-            return np.frombuffer(tensor, "<f4").reshape(reply.rows, reply.columns)
-        if self._shared is None or reply.slot != slot or not self._shared.fits(reply.rows, reply.columns):
+            return np.frombuffer(tensor, ARRAYS[reply.dtype]).reshape(reply.rows, reply.columns)
+        if self._shared is None or reply.slot != slot or reply.rows > self._shared.layout.rows:
             raise ProtocolError(f"{reply.rows} rows in slot {reply.slot}, not in slot {slot}")
         return self._shared.answered[slot][: reply.rows]
 

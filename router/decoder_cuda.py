@@ -1,9 +1,10 @@
 """The decoder of the Mixtral and Qwen3-MoE families on a GPU, split at each MoE layer; bf16 weights, fp32 residual.
 
 The same steps and the same promise as `router.decoder`: a row's bits depend on its sequence's tokens alone. Everything
-between two expert layers is one *segment*: experts' outputs into the residual, norm, attention, norm, gate. Per layer
-one copy goes to the device (the outputs) and one to the host (inputs and ids). Segments of decode steps run as CUDA
-graphs, their row counts padded to those of `GRAPH_ROWS`.
+between two expert layers is one *segment*: experts' outputs into the residual, norm, attention, norm, gate. Inputs and
+outputs of experts stay on the device (`router.expert_rows_cuda`); per layer the experts' ids go to the host, and the
+order in which outputs came to the device. Segments of decode steps run as CUDA graphs, their row counts padded to those
+of `GRAPH_ROWS`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from moering.checkpoint import Checkpoint
 from moering.errors import CheckpointError
 from router.attention_cuda import Attention, rotary_tables
 from router.attention_plan import SequenceChunk
-from router.buffers_cuda import COMPUTE_DTYPE, Buffers, Limits, Scratch, Step, unpack
+from router.buffers_cuda import COMPUTE_DTYPE, Buffers, Limits, Scratch, Step
 from router.decoder import ATTENTION_WEIGHTS, HEAD, HEAD_NORMS
+from router.expert_rows_cuda import DeviceRows
 from router.graphs_cuda import Graphs
 from router.kv_cache_cuda import KVCache
 from router.micro_batch_cuda import MicroBatch
@@ -111,30 +113,31 @@ class Decoder:
         buffers.tables.fill(token_ids, chunks, padded, self._cache.spare_page)
         splits = next_power_of_2(buffers.tables.splits)  # few shapes, so few graphs
         step = Step(buffers, padded, buffers.tables.paged_rows(padded, splits))
-        expert_input, topk_ids = unpack(config, buffers.from_device, padded)
-        expert_output = buffers.expert_output[: rows * config.top_k].view(rows, config.top_k, -1)
-        mb = MicroBatch(step, rows, expert_input[:rows], topk_ids[:rows], expert_output)
+        pairs = rows * config.top_k
+        index = buffers.host_index[: padded * config.top_k].numpy()
+        expert_rows = DeviceRows(buffers.inputs[:rows], buffers.outputs[:pairs], index)
+        mb = MicroBatch(step, rows, buffers.host_ids[:rows], expert_rows)
         weakref.finalize(mb, self._idle.append, buffers)
         return mb
 
     def until_experts(self, mb: MicroBatch) -> None:
-        """Up to the gate of layer `mb.layer`: fills `expert_input` and `topk_ids`. Waits for the GPU."""
+        """Up to the gate of layer `mb.layer`: fills the experts' inputs and `topk_ids`. Waits for the GPU."""
         step, layer = mb.step, mb.layer
         if layer:
-            self._fetch_outputs(step)
+            self._fetch_index(step)
         self._run_segment(step, layer)
-        size = step.padded * (4 * self.config.hidden_size + 8 * self.config.top_k)
-        step.buffers.from_device[:size].copy_(self._scratch.for_host[:size], non_blocking=True)
+        step.buffers.host_ids[: step.padded].copy_(self._scratch.ids[: step.padded], non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
+        mb.device_rows.begin_layer()
 
     def after_experts(self, mb: MicroBatch) -> None:
-        """The outputs of the layer's experts are in `expert_output`; the next segment takes them up."""
+        """The outputs of the layer's experts are there, or on their way; the next segment takes them up."""
         mb.layer += 1
 
     def logits(self, mb: MicroBatch, rows: list[int]) -> torch.Tensor:
         """Logits [len(rows), vocab] float32, on the device, of the given rows, after the last layer."""
-        self._fetch_outputs(mb.step)
+        self._fetch_index(mb.step)
         self._combine(mb.step)
         return self._logits(mb.step, rows)
 
@@ -157,9 +160,9 @@ class Decoder:
 
     # --- segments ---
 
-    def _fetch_outputs(self, step: Step) -> None:
+    def _fetch_index(self, step: Step) -> None:
         pairs = step.padded * self.config.top_k
-        self._scratch.expert_output[:pairs].copy_(step.buffers.expert_output[:pairs], non_blocking=True)
+        step.buffers.index[:pairs].copy_(step.buffers.host_index[:pairs], non_blocking=True)
 
     def _run_segment(self, step: Step, layer: int) -> None:
         def body() -> None:
@@ -174,10 +177,8 @@ class Decoder:
 
     def _combine(self, step: Step) -> None:
         """Experts' outputs, weighted, onto the residual."""
-        self._add(step, self._scratch.expert_output[: step.padded * self.config.top_k])
-
-    def _add(self, step: Step, outputs: torch.Tensor) -> None:
-        add_combined(step.residual, outputs, step.topk_weights)
+        index = step.buffers.index[: step.padded * self.config.top_k]
+        add_combined(step.residual, step.buffers.outputs, step.topk_weights, index)
 
     def _segment(self, step: Step, layer_index: int) -> None:
         """Attention and gate of a layer."""
@@ -188,11 +189,10 @@ class Decoder:
             step.residual.copy_(normed)
         rms_norm(step.residual, layer.attention_norm, eps, out=normed)
         layer.attention(step, scratch, self._cache.layers[layer_index])
-        wide, ids = unpack(self.config, scratch.for_host, rows)
-        rms_norm(step.residual, layer.experts_norm, eps, out=normed, wide=wide)
-        layer.gate(normed, out=scores)
+        rms_norm(step.residual, layer.experts_norm, eps, out=step.inputs)
+        layer.gate(step.inputs, out=scores)
         live, local_ids = step.buffers.tables.live, scratch.local_ids[:rows]
-        choose_experts(scores, live, ids, local_ids, step.topk_weights, self.config.normalize_topk)
+        choose_experts(scores, live, scratch.ids[:rows], local_ids, step.topk_weights, self.config.normalize_topk)
 
 
 class _Loader:

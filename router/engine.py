@@ -213,9 +213,8 @@ class Engine:
 
     def _to_experts(self, flight: Flight) -> None:
         flight.until_experts()
-        _, topk_ids, _ = flight.expert_arrays()
         if self.loads.size:
-            counts = np.bincount(topk_ids.reshape(-1), minlength=self.loads.shape[1])
+            counts = np.bincount(flight.topk_ids.reshape(-1), minlength=self.loads.shape[1])
             self.loads[flight.layer] += counts
             self._exchange.dispatcher.balance.chosen(flight.layer, counts)
         self._exchange.submit(flight)

@@ -18,8 +18,10 @@ from moering import protocol
 from moering.errors import ProtocolError
 from moering.expert_frames import Reply
 from moering.protocol import Failed, Hello, MemberInfo, NotHere, Refused, View, Welcome
+from moering.transport import Frames
 from router.connection import Connection
 from router.dispatch import Dispatcher
+from router.expert_rows import ExpertRows
 from router.instructions import Complete, Instruction, Poisoned, Send
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ HANDSHAKE_S = 2.0
 
 
 class Rows(Protocol):
-    """What the exchange needs of a micro-batch. Arrays share memory with its tensors."""
+    """What the exchange needs of a micro-batch."""
 
     prefill: bool
 
@@ -39,8 +41,14 @@ class Rows(Protocol):
         """The layer whose experts are to be computed."""
         ...
 
-    def expert_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(hidden float32 [n, H], topk_ids int64 [n, k], expert_output float32 [n × k, H])."""
+    @property
+    def topk_ids(self) -> np.ndarray:
+        """The experts of each row: int64 [n, k]."""
+        ...
+
+    @property
+    def expert_rows(self) -> ExpertRows:
+        """Their inputs and outputs."""
         ...
 
 
@@ -77,11 +85,10 @@ class Exchange:
         """Have the experts of the micro-batch's layer computed, all or just these slots; see `take_finished`."""
         self._next_work += 1
         self._micro_batches[self._next_work] = micro_batch
-        _, topk_ids, _ = micro_batch.expert_arrays()
         now = self._clock()
         self._do(
             self.dispatcher.submit(
-                self._next_work, micro_batch.layer, topk_ids, slots, micro_batch.prefill, now, deaths
+                self._next_work, micro_batch.layer, micro_batch.topk_ids, slots, micro_batch.prefill, now, deaths
             )
         )  # fmt: skip
 
@@ -245,25 +252,37 @@ class Exchange:
         if not d.wanted:
             self._do(self.dispatcher.replied(d, self._clock()))
             return
-        _, _, output = self._micro_batches[d.work].expert_arrays()
+        expert_rows = self._micro_batches[d.work].expert_rows
         if d.open is None:
-            output[d.slots] = rows
+            expert_rows.put(d.slots, rows)
         else:  # another replica was faster with some of them
-            output[d.slots[d.open]] = rows[d.open]
+            expert_rows.put(d.slots[d.open], rows[d.open])
         self._do(self.dispatcher.replied(d, self._clock()))
 
     def _do(self, instructions: list[Instruction]) -> None:
+        copied: list[tuple[Connection, Frames, ExpertRows]] = []  # by a GPU, which takes its time
         for i in instructions:
             if isinstance(i, Send):
-                d = i.dispatch
                 # A failed send needs no answer here: the connection is lost, which will bring the dispatch back.
-                self._connections[d.server].send(d, self._micro_batches[d.work].expert_arrays()[0])
+                connection, rows = (
+                    self._connections[i.dispatch.server],
+                    self._micro_batches[i.dispatch.work].expert_rows,
+                )
+                frames = connection.pack(i.dispatch, rows)
+                if rows.at_once:
+                    connection.send(frames)
+                else:
+                    copied.append((connection, frames, rows))
             elif isinstance(i, Poisoned):
                 self._poisoned.setdefault(i.work, []).append(i.rows)
             elif isinstance(i, Complete):
                 poisoned = self._poisoned.pop(i.work, [np.empty(0, np.int64)])
                 mb = self._micro_batches.pop(i.work)
                 self._finished.append(Finished(mb, i.missing, i.deaths, np.concatenate(poisoned)))
+        if copied:
+            copied[0][2].settle()  # all of them run on one stream
+        for connection, frames, _ in copied:
+            connection.send(frames)
 
     def _lose(self, connection: Connection, why: str, retry_s: float = RETRY_S) -> None:
         server, now = connection.server_id, self._clock()

@@ -9,6 +9,7 @@ import torch
 
 from router.attention_plan import SequenceChunk
 from router.decoder import Decoder
+from router.expert_rows import ExpertRows
 from router.micro_batch import MicroBatch
 from router.missing import hopeless, leave_out
 from router.scheduler import Batch, ScheduledChunk
@@ -45,9 +46,15 @@ class Flight:
         """The layer whose experts are computed."""
         return self.micro_batch.layer
 
-    def expert_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(hidden float32 [n, H], topk_ids int64 [n, k], expert_output float32 [n × k, H]), sharing memory."""
-        return self._hidden, self._topk_ids, self._output
+    @property
+    def topk_ids(self) -> np.ndarray:
+        """The experts of each row: int64 [n, k]."""
+        return self._topk_ids
+
+    @property
+    def expert_rows(self) -> ExpertRows:
+        """Their inputs and outputs."""
+        return self._expert_rows
 
     # --- through the layers ---
 
@@ -93,8 +100,8 @@ class Flight:
         """Go on with the rows of these sequences without their missing experts. None of them may be hopeless."""
         chosen = np.array([s in sequences for s in self.sequences])
         mine = chosen[self._row_ends.searchsorted(self.missing_rows, side="right")]
-        mb = self.micro_batch
-        leave_out(mb.topk_weights, mb.expert_output, torch.from_numpy(self.missing[mine]))
+        leave_out(self.micro_batch.topk_weights, torch.from_numpy(self.missing[mine]))
+        self._expert_rows.clear(self.missing[mine])
         self._renormalized[self.missing_rows[mine]] = True
         self.missing, self.missing_deaths = self.missing[~mine], self.missing_deaths[~mine]
 
@@ -128,6 +135,4 @@ class Flight:
         return part
 
     def _rewire(self) -> None:
-        mb = self.micro_batch
-        self._hidden, self._topk_ids = mb.expert_input.numpy(), mb.topk_ids.numpy()
-        self._output = mb.expert_output.numpy().reshape(-1, self._hidden.shape[1])
+        self._topk_ids, self._expert_rows = self.micro_batch.topk_ids.numpy(), self.micro_batch.expert_rows()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from router.attention_plan import AttentionPlan, SequenceChunk
+from router.expert_rows import HostRows
 
 __all__ = ["MicroBatch", "SequenceChunk"]
 
@@ -35,6 +36,11 @@ class MicroBatch:
     def rows(self) -> int:
         """Number of rows."""
         return self.token_ids.shape[0]
+
+    def expert_rows(self) -> HostRows:
+        """Inputs and outputs of the layer's experts, as they are until `take_rows`."""
+        hidden = self.expert_input.numpy()
+        return HostRows(hidden, self.expert_output.numpy().reshape(-1, hidden.shape[1]))
 
     def take_rows(self, whole: MicroBatch, rows: torch.Tensor) -> None:
         """Become these rows (int64) of `whole`, at the same point of the same layer."""

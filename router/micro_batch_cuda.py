@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 import torch
 
 from router.buffers_cuda import Step
+from router.expert_rows_cuda import DeviceRows
 
 
 @dataclass(eq=False)
 class MicroBatch:
-    """As `router.micro_batch.MicroBatch`: what the engine and the exchange touch lies in pinned host memory."""
+    """As `router.micro_batch.MicroBatch`: the experts' rows stay on the device, ids lie in pinned host memory."""
 
     step: Step
     rows: int  # without padding
-    expert_input: torch.Tensor  # float32 [n, hidden], host
     topk_ids: torch.Tensor  # int64 [n, k], host
-    expert_output: torch.Tensor  # float32 [n, k, hidden], host
+    device_rows: DeviceRows
     layer: int = field(default=0)
 
     @property
@@ -25,11 +25,17 @@ class MicroBatch:
         """float32 [n, k], on the device: what the next segment combines the outputs with."""
         return self.step.topk_weights[: self.rows]
 
+    def expert_rows(self) -> DeviceRows:
+        """Inputs and outputs of the layer's experts."""
+        return self.device_rows
+
     def take_rows(self, whole: MicroBatch, rows: torch.Tensor) -> None:
         """Become these rows of `whole`, at the same point of the same layer."""
         self.layer = whole.layer
         on_device = rows.to(whole.step.residual.device)
-        for name in ("residual", "topk_weights"):
+        for name in ("residual", "topk_weights", "inputs"):
             getattr(self.step, name)[: self.rows] = getattr(whole.step, name).index_select(0, on_device)
-        for name in ("expert_input", "topk_ids", "expert_output"):
-            getattr(self, name).copy_(getattr(whole, name).index_select(0, rows))
+        self.topk_ids.copy_(whole.topk_ids.index_select(0, rows))
+        top_k = self.topk_ids.shape[1]
+        slots = rows.unsqueeze(1) * top_k + torch.arange(top_k)
+        self.device_rows.take(whole.device_rows, slots.flatten().numpy())

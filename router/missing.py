@@ -8,17 +8,16 @@ from __future__ import annotations
 import torch
 
 
-def leave_out(weights: torch.Tensor, outputs: torch.Tensor, missing: torch.Tensor) -> None:
-    """Drop the experts of the `missing` slots (row × k + j) from their rows, in place.
+def leave_out(weights: torch.Tensor, missing: torch.Tensor) -> None:
+    """Drop the experts of the `missing` slots (row × k + j) from their rows, in place; their outputs must be zeros.
 
-    `weights` is float32 [n, k], `outputs` float32 [n, k, hidden], on any devices. The sum of a row's weights stays what
-    it was: 1 where the gate normalises, else less. Rows that `hopeless` names must not be among them.
+    `weights` is float32 [n, k], on any device. The sum of a row's weights stays what it was: 1 where the gate
+    normalises, else less. Rows that `hopeless` names must not be among them.
     """
     gone = _mask(weights, missing)
     left = weights.masked_fill(gone, 0.0)
     scale = _row_sums(weights) / _row_sums(left)
     weights.copy_(torch.where(gone.any(1, keepdim=True), left * scale.unsqueeze(1), weights))
-    outputs.masked_fill_(gone.unsqueeze(2).to(outputs.device), 0.0)  # what lies there was never written
 
 
 def hopeless(weights: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:

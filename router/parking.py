@@ -71,8 +71,7 @@ class Parking:
 
     def _sort(self, flight: Flight) -> Flight | None:
         """Do what each policy says, keep the rows that wait, and return the rest."""
-        _, topk_ids, _ = flight.expert_arrays()
-        if self._exchange.routable(flight.layer, topk_ids.reshape(-1)[flight.missing]):
+        if self._exchange.routable(flight.layer, flight.topk_ids.reshape(-1)[flight.missing]):
             self._exchange.changed = True  # a replica came back while other rows of this flight were under way
         elif not self._exchange.settling:
             self._apply_policies(flight)

@@ -63,6 +63,25 @@ def test_results_are_those_of_the_reference(backend, checkpoint, counts):
     assert bool((out == torch.from_numpy(out).bfloat16().float().numpy()).all())
 
 
+@pytest.mark.parametrize("counts", [[1], [20, 5], [100, 29, 2]])
+def test_rows_in_bf16_give_the_bits_that_float32_frames_carry(backend, checkpoint, counts):
+    rng = np.random.default_rng(1)
+    half = torch.from_numpy(rng.standard_normal((7, HIDDEN), np.float32)).bfloat16()
+    rows = rng.integers(0, 7, sum(counts))
+    loaded = [backend.load(checkpoint.expert(0, e)) for e in range(len(counts))]
+    wide, bits = (np.full((sum(counts), HIDDEN), -1, dtype) for dtype in (np.float32, np.int16))
+    backend.compute(half.float().numpy(), rows, counts, loaded, wide)
+    backend.compute(half.view(torch.int16).numpy(), rows, counts, loaded, bits)
+    assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16).float(), torch.from_numpy(wide))
+
+
+def test_whole_messages_fit_into_a_slot_and_a_frame(backend, monkeypatch):
+    monkeypatch.setattr(module, "CALL_PAIRS", 1024)
+    for hidden in (2048, 4096, 7168):
+        monkeypatch.setattr(backend, "_hidden", hidden)
+        assert backend.slot_bytes == backend.max_tensor_bytes == 1024 * hidden * 2 <= module.MAX_FRAME_BYTES
+
+
 def test_a_slot_is_free_again_when_nobody_uses_its_expert(backend, checkpoint):
     held = [backend.load(checkpoint.expert(0, e)) for e in range(4)]
     with pytest.raises(NoRoom, match="all 4 slots for experts are in use"):

@@ -9,7 +9,7 @@ from expert_server import batching
 from moering.expert_frames import Dispatch
 
 LAYERS, EXPERTS, HIDDEN = 3, 8, 4
-LIMITS = (LAYERS, EXPERTS, HIDDEN, 20)
+LIMITS = batching.Limits(LAYERS, EXPERTS, HIDDEN, 20)
 
 
 def dispatch(pairs, seq=1, layer=0, prefill=False, hidden=HIDDEN):
@@ -26,27 +26,38 @@ def request(message, identity=b"r"):
     return batching.parse(identity, message, memoryview(tensor.tobytes()), LIMITS)
 
 
-def shared(message):
+def in_slot(rows):
+    """A slot in which these rows were sent."""
+    sent = np.full((LIMITS.pairs, HIDDEN), np.nan, np.float32)
+    sent[: len(rows)] = rows
+    return sent, np.empty_like(sent)
+
+
+def row_each(message):
     """The same dispatch with its rows in shared memory, one for each pair."""
     r = request(message)
     rows = r.hidden[r.rows]
     experts = message.pairs[len(message.pairs) // 2 :]
     moved = message._replace(pairs=experts, rows=len(rows), slot=0)
-    return batching.parse(b"r", moved, (rows, np.empty_like(rows)), LIMITS)
+    return batching.parse(b"r", moved, in_slot(rows), LIMITS)
+
+
+def row_once(message):
+    """The same with each row once."""
+    return batching.parse(b"r", message._replace(slot=0), in_slot(request(message).hidden), LIMITS)
 
 
 pair_lists = st.lists(st.tuples(st.integers(0, 5), st.integers(0, EXPERTS - 1)), min_size=1, max_size=12, unique=True)
 requests = st.lists(
-    st.tuples(pair_lists, st.integers(0, LAYERS - 1), st.booleans(), st.booleans()), min_size=1, max_size=6
+    st.tuples(pair_lists, st.integers(0, LAYERS - 1), st.booleans(), st.sampled_from([request, row_each, row_once])),
+    min_size=1,
+    max_size=6,
 )
 
 
 @given(requests, st.integers(1, 40))
 def test_every_request_gets_its_own_rows_back(specs, max_pairs):
-    sent = [
-        (shared if in_memory else request)(dispatch(p, seq, layer, prefill))
-        for seq, (p, layer, prefill, in_memory) in enumerate(specs)
-    ]
+    sent = [way(dispatch(p, seq, layer, prefill)) for seq, (p, layer, prefill, way) in enumerate(specs)]
     answers = {}
     for group in batching.group(sent, max_pairs):
         layers = {r.message.layer for r in group.requests}
@@ -71,6 +82,22 @@ def test_decode_goes_before_prefill():
     long, short = request(dispatch([(0, 0), (1, 0)], 1, prefill=True)), request(dispatch([(0, 0)], 2))
     first, *_ = batching.group([long, short], 2)
     assert [r.message.seq for r in first.requests] == [2]
+
+
+def test_a_slot_too_small_for_the_answer_is_named():
+    message = dispatch([(0, e) for e in range(4)])._replace(slot=0)
+    slot = np.zeros((3, HIDDEN), np.float32), np.zeros((3, HIDDEN), np.float32)
+    assert "at most 3 pairs" in batching.parse(b"r", message, slot, LIMITS)
+
+
+def test_rows_of_two_types_are_not_one_call():
+    limits = LIMITS._replace(dtypes=("float32", "bfloat16"))
+    sent = [request(dispatch([(0, 0)], 1))]
+    for seq in (2, 3):
+        half = dispatch([(0, 0)], seq)._replace(dtype="bfloat16")
+        sent.append(batching.parse(b"r", half, memoryview(bytes(2 * HIDDEN)), limits))
+    assert sent[1].hidden.dtype == np.int16
+    assert [[r.message.seq for r in g.requests] for g in batching.group(sent, 100)] == [[1], [2, 3]]
 
 
 def test_one_call_per_layer():

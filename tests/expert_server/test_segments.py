@@ -7,9 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from expert_server.segments import MAX_ROUTERS, Segments
+from moering.expert_frames import Dispatch
 from moering.shared_rows import MAX_SLOTS, SLOT_BYTES, SLOTS, Layout, Offer, SharedRows
 
 LAYOUT = Layout.of(SLOTS, SLOT_BYTES, 8)
+
+
+def dispatch(slot: int, dtype: str = "float32") -> Dispatch:
+    return Dispatch(1, 1, 0, False, b"", dtype, 3, 8, slot)
 
 
 @pytest.fixture
@@ -30,11 +35,11 @@ def mapped(offer: Offer) -> SharedRows:
 def test_a_late_dispatch_of_a_connection_that_was_given_up_reaches_no_memory(offers: list[Offer]) -> None:
     old, new = map(mapped, offers)
     segments = Segments(8, SLOT_BYTES)
-    assert segments.open(b"first", "router", offers[0].text, SLOTS) == LAYOUT.rows
-    parsed = segments.slot(b"first", 1, 3, 8)
+    assert segments.open(b"first", "router", offers[0].text, SLOTS, "float32") == LAYOUT.rows
+    parsed = segments.slot(b"first", dispatch(1))
     assert parsed is not None
-    assert segments.open(b"second", "router", offers[1].text, SLOTS)
-    assert segments.slot(b"first", 1, 3, 8) is None
+    assert segments.open(b"second", "router", offers[1].text, SLOTS, "float32")
+    assert segments.slot(b"first", dispatch(1)) is None
     parsed[1][:] = 7.0  # what was in hand when the router came again is answered into the old memory
     assert (old.answered[1][:3] == 7.0).all() and (new.answered[1] == 0.0).all()
 
@@ -42,23 +47,25 @@ def test_a_late_dispatch_of_a_connection_that_was_given_up_reaches_no_memory(off
 def test_a_connection_reaches_its_own_slots_only(offers: list[Offer]) -> None:
     routers = [mapped(offer) for offer in offers]
     segments = Segments(8, SLOT_BYTES)
-    assert segments.open(b"a", "one", offers[0].text, SLOTS) and segments.open(b"b", "other", offers[1].text, SLOTS)
+    assert segments.open(b"a", "one", offers[0].text, SLOTS, "float32") and segments.open(
+        b"b", "other", offers[1].text, SLOTS, "float32"
+    )
     for identity, own in ((b"a", 0), (b"b", 1)):
-        pair = segments.slot(identity, 0, 2, 8)
+        pair = segments.slot(identity, dispatch(0))
         assert pair is not None
         pair[1][:] = 1.0 + own
     assert [float(s.answered[0][0, 0]) for s in routers] == [1.0, 2.0]
-    assert segments.slot(b"a", SLOTS, 2, 8) is None and segments.slot(b"nobody", 0, 2, 8) is None
-    assert segments.slot(b"a", 0, LAYOUT.rows + 1, 8) is None and segments.slot(b"a", 0, 2, 7) is None
+    assert segments.slot(b"a", dispatch(SLOTS)) is None and segments.slot(b"nobody", dispatch(0)) is None
+    assert segments.slot(b"a", dispatch(0, "bfloat16")) is None
 
 
 @pytest.mark.parametrize("slots", [0, MAX_SLOTS + 1])
 def test_a_number_of_slots_that_cannot_be_is_not_used(offers: list[Offer], slots: int) -> None:
-    assert Segments(8, SLOT_BYTES).open(b"a", "one", offers[0].text, slots) == 0
+    assert Segments(8, SLOT_BYTES).open(b"a", "one", offers[0].text, slots, "float32") == 0
 
 
 def test_with_too_many_routers_the_first_has_to_say_hello_again(offers: list[Offer]) -> None:
     segments = Segments(8, SLOT_BYTES)
     for n in range(MAX_ROUTERS + 1):
-        assert segments.open(f"i{n}".encode(), f"r{n}", offers[0].text, SLOTS)
-    assert segments.slot(b"i0", 0, 1, 8) is None and segments.slot(b"i1", 0, 1, 8) is not None
+        assert segments.open(f"i{n}".encode(), f"r{n}", offers[0].text, SLOTS, "float32")
+    assert segments.slot(b"i0", dispatch(0)) is None and segments.slot(b"i1", dispatch(0)) is not None

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 import zmq
 
 from expert_server.residency import Residency
 from expert_server.service import Service
 from moering import protocol, transport
-from moering.expert_frames import Reply
+from moering.expert_frames import ITEM_BYTES, Reply
 from moering.protocol import Failed, Hello, NotHere, Refused, Welcome
 from tests.expert_server.test_batching import HIDDEN, dispatch
 
@@ -15,11 +16,24 @@ SHAPE = (3, 8, HIDDEN)
 
 
 def compute(hidden, rows, counts, experts, out):
-    out[:] = (hidden if rows is None else hidden[rows]) * np.repeat(experts, counts)[:, None]
+    chosen = as_floats(hidden if rows is None else hidden[rows])
+    result = chosen * np.repeat(experts, counts).astype(np.float32)[:, None]
+    out[:] = as_bits(result) if out.dtype == np.int16 else result
+
+
+def as_bits(rows):
+    """float32 to the bits of bf16."""
+    return torch.from_numpy(rows).bfloat16().view(torch.int16).numpy()
+
+
+def as_floats(rows):
+    """The values of rows of either type, float32."""
+    return rows if rows.dtype == np.float32 else torch.from_numpy(rows).view(torch.bfloat16).float().numpy()
 
 
 @pytest.fixture
-def service(tmp_path):
+def service(tmp_path, request):
+    """With a parameter: one that computes in bf16."""
     residency = Residency()
     for expert in range(6):  # 6 and 7 live elsewhere
         residency.add((0, expert), float(expert + 1), bytes(8))
@@ -27,7 +41,7 @@ def service(tmp_path):
     address = transport.bind(socket, f"ipc://{tmp_path}/service")
     s = Service(socket, "expert-0", 5, 100, residency)
     s.start()
-    s.open("model", "digest", SHAPE, compute)
+    s.open("model", "digest", SHAPE, compute, dtype=getattr(request, "param", "float32"))
     yield s, address
     s.close()
 
@@ -80,6 +94,34 @@ def test_a_service_that_spins_answers_and_welcomes_with_its_own_limit(tmp_path):
     spinning.close()
     assert not spinning.is_alive() and turns < 10  # an empty look is no turn
     router.socket.close()
+
+
+@pytest.mark.parametrize(
+    ("service", "asked", "dtype"),
+    [("float32", "bfloat16", "float32"), ("bfloat16", "float32", "float32"), ("bfloat16", "bfloat16", "bfloat16")],
+    indirect=["service"],
+)
+def test_rows_are_of_the_servers_own_type_only_where_the_router_asks_for_it(router, asked, dtype):
+    message, _ = router.ask(protocol.encode(Hello("router", "r", 1, "model", "digest", dtype=asked)))
+    assert message.dtype == dtype
+    assert message.max_rows == protocol.MAX_TENSOR_BYTES // (ITEM_BYTES[dtype] * HIDDEN)
+
+
+@pytest.mark.parametrize("service", ["bfloat16"], indirect=True)
+def test_rows_of_both_types_are_answered_in_their_own_with_equal_values(router):
+    pairs, hidden = [(0, 3), (1, 3), (1, 5)], as_floats(as_bits(rows(2)))
+    _, wide = router.compute(dispatch(pairs), hidden)
+    reply, half = router.compute(dispatch(pairs)._replace(dtype="bfloat16"), as_bits(hidden))
+    assert reply.dtype == "bfloat16" and len(half) == len(wide) // 2
+    exact = np.stack([hidden[0] * 4, hidden[1] * 4, hidden[1] * 6])
+    assert (np.frombuffer(wide, np.float32).reshape(3, HIDDEN) == exact).all()
+    assert (np.frombuffer(half, np.int16).reshape(3, HIDDEN) == as_bits(exact)).all()
+
+
+def test_rows_of_a_type_that_the_server_does_not_have_are_refused(router):
+    message, _ = router.compute(dispatch([(0, 3)])._replace(dtype="bfloat16"), as_bits(rows(1)))
+    assert isinstance(message, Failed)
+    assert message.message == f"bfloat16 rows of {HIDDEN}; here are float32 rows of {HIDDEN}"
 
 
 @pytest.mark.parametrize(("model", "digest"), [("other", "digest"), ("model", "0ther")])

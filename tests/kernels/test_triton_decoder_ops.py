@@ -21,14 +21,12 @@ def random(*shape: int, seed: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("size", [64, 72, 2048])
 def test_rms_norm(size: int) -> None:
     x, weight = random(5, size), random(size, seed=2)
-    out, wide = torch.empty_like(x), torch.empty_like(x)
+    out, again = torch.empty_like(x), torch.empty_like(x)
     expected = reference.rms_norm(x, weight, 1e-5)
     assert (rms_norm(x, weight, 1e-5, out).double() - expected).abs().max() < 1e-5
     half = torch.empty_like(x, dtype=torch.bfloat16)
-    rms_norm(x, weight, 1e-5, half, wide)
-    assert torch.equal(half.float(), wide)
-    assert (wide.double() - expected).abs().max() < 0.05
-    assert torch.equal(rms_norm(x[3:4].contiguous(), weight, 1e-5, out[:1]), rms_norm(x, weight, 1e-5, wide)[3:4])
+    assert (rms_norm(x, weight, 1e-5, half).double() - expected).abs().max() < 0.05
+    assert torch.equal(rms_norm(x[3:4].contiguous(), weight, 1e-5, out[:1]), rms_norm(x, weight, 1e-5, again)[3:4])
 
 
 @pytest.mark.parametrize("norms", [False, True])
@@ -84,5 +82,22 @@ def test_experts_are_added_in_top_k_order(dtype: torch.dtype) -> None:
     expected = residual.clone()
     for slot in range(4):
         expected += weights[:, slot, None] * pair_rows.float().view(3, 4, -1)[:, slot]
+    index = torch.randperm(15, generator=torch.Generator().manual_seed(4))[:12].int().to(DEVICE)
+    scattered = torch.full((15, 72), float("nan"), dtype=dtype, device=DEVICE)
+    scattered[index.long()] = pair_rows
+    again = residual.clone()
     add_combined(residual, pair_rows, weights)
     assert torch.equal(residual, expected)
+    add_combined(again, scattered, weights, index)
+    assert torch.equal(again, expected)
+
+
+def test_what_has_no_place_counts_as_zeros() -> None:
+    residual, pair_rows, weights = random(2, 72), random(3, 72, seed=2), random(2, 2, seed=3).abs()
+    expected = residual.clone()
+    expected[0] += weights[0, 1] * pair_rows[2]
+    expected[1] += weights[1, 0] * pair_rows[0]
+    add_combined(residual, pair_rows, weights, torch.tensor([-1, 2, 0, -1], dtype=torch.int32, device=DEVICE))
+    assert torch.equal(residual, expected)
+    with pytest.raises(ValueError, match="int32 index of 4 pairs"):
+        add_combined(residual, pair_rows, weights, torch.tensor([0, 1], dtype=torch.int32, device=DEVICE))

@@ -60,7 +60,8 @@ class Server:
                 raise SystemExit  # ends this thread
             backend.compute(*args)
 
-        self.service.open("m", checkpoint.digest, shape, compute)
+        terms = {name: getattr(backend, name) for name in ("max_tensor_bytes", "slot_bytes", "dtype")}
+        self.service.open("m", checkpoint.digest, shape, compute, **terms)
 
     @property
     def member(self):
@@ -77,13 +78,15 @@ class Server:
 class MiniCluster:
     """`replication` replicas of each expert on `n` servers: expert e of layer l on servers (e + l), (e + l + 1), …"""
 
-    def __init__(self, directory, checkpoint_path, n=3, replication=2, beside=None, **options):
-        """`beside`: another cluster, whose servers this one's router uses, too."""
+    def __init__(self, directory, checkpoint_path, n=3, replication=2, beside=None, dtype=None, **options):
+        """`beside`: another cluster, whose servers this one's router uses, too. `dtype`: of rows; else the servers'."""
         self.directory, self.n, self.replication = directory, n, replication
         self.checkpoint, self.backend = Checkpoint(checkpoint_path), CpuBackend("auto", 1)
         self.servers = beside.servers if beside else [self.start(i) for i in range(n)]
         poller, router = zmq.Poller(), 2 if beside else 1
-        hello = Hello("router", f"r{router}", router, "m", self.checkpoint.digest, shared_slots=SLOTS)
+        hello = Hello(
+            "router", f"r{router}", router, "m", self.checkpoint.digest, "", SLOTS, dtype or self.backend.dtype
+        )
         self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic)
         socket = transport.make_socket(zmq.ROUTER)
         self.address = transport.bind(socket, f"ipc://{directory}/r{router}")

@@ -71,6 +71,19 @@ def test_a_dead_server_changes_no_token(cluster):
     assert cluster.exchange.dispatcher.counters.rows_resent > 0
 
 
+def test_rows_in_bf16_and_in_float32_give_the_same_logits(cluster, tmp_path):
+    """Two routers at the same servers; one request at a time, as the interpreter's bits depend on the batch."""
+    wide = MiniCluster(tmp_path, cluster.checkpoint.path, beside=cluster, dtype="float32", max_model_len=600)
+    digests = []
+    for each, dtype in ((cluster, "bfloat16"), (wide, "float32")):
+        client = Client(each.address)
+        client.submit("a", PROMPTS["a"], max_tokens=TOKENS)
+        digests.append(client.until_ended(1)["a"])
+        assert {c._dtype for c in each.exchange._connections.values()} == {dtype}
+    wide.close()
+    assert digests[0] == digests[1] and len(digests[0]) == TOKENS
+
+
 def answers(cluster):
     client = Client(cluster.address)
     for name, prompt in PROMPTS.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zmq
 
 from expert_server.residency import Residency
@@ -15,13 +16,12 @@ from moering.expert_frames import INLINE, ITEM_BYTES, Reply
 from moering.protocol import Hello, MemberInfo, View
 from moering.shared_rows import MAX_BYTES, SLOTS, Layout, SharedRows
 from router.exchange import HANDSHAKE_S, Exchange
+from router.expert_rows import HostRows
+from router.expert_rows_cuda import DeviceRows
+from tests.expert_server.test_service import compute
 
 LAYERS, EXPERTS, HIDDEN, TOP_K = 2, 4, 8, 2
 DEADLINE_S = 20.0
-
-
-def compute(hidden, rows, counts, experts, out):
-    out[:] = (hidden if rows is None else hidden[rows]) * np.repeat(experts, counts)[:, None]
 
 
 class Server:
@@ -38,9 +38,9 @@ class Server:
         self.service = Service(self.socket, name, incarnation, 1000, residency)
         self.digest = digest
 
-    def serve(self):
+    def serve(self, dtype="float32"):
         self.service.start()
-        self.service.open("model", self.digest, (LAYERS, EXPERTS, HIDDEN), compute)
+        self.service.open("model", self.digest, (LAYERS, EXPERTS, HIDDEN), compute, dtype=dtype)
         return self
 
     def die(self):
@@ -59,21 +59,22 @@ class Rows:
 
     def __init__(self, ids, layer=0):
         self.layer, self.prefill = layer, False
-        self.ids = np.asarray(ids)
+        self.ids = self.topk_ids = np.asarray(ids)
         self.hidden = np.random.default_rng(0).standard_normal((len(ids), HIDDEN), np.float32)
         self.output = np.full((self.ids.size, HIDDEN), np.nan, np.float32)
 
-    def expert_arrays(self):
-        return self.hidden, self.ids, self.output
+    @property
+    def expert_rows(self):
+        return HostRows(self.hidden, self.output)
 
     def expected(self):
         return (np.repeat(self.hidden, TOP_K, axis=0) * (self.ids.reshape(-1, 1) + 1.0)).astype(np.float32)
 
 
 class Harness:
-    def __init__(self):
+    def __init__(self, dtype="float32"):
         self.poller = zmq.Poller()
-        hello = Hello("router", "r", 7, "model", "digest", shared_slots=SLOTS)
+        hello = Hello("router", "r", 7, "model", "digest", "", SLOTS, dtype)
         self.exchange = Exchange(hello, HIDDEN, self.poller, time.monotonic)
         self.epoch = 0
 
@@ -139,6 +140,46 @@ def test_rows_travel_and_results_land_in_their_slots(harness, servers):
     assert (rows.output == rows.expected()).all()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_on_a_device_travel_in_the_type_that_both_ends_agree_on(tmp_path, monkeypatch, dtype, shared):
+    """A router that asks for bf16, with servers that compute in it, and with ones that do not."""
+    if not shared:
+        monkeypatch.setattr(SharedRows, "open", lambda offer, layout: None)
+    servers = [Server(tmp_path, n).serve(dtype) for n in "ab"]
+    harness = Harness("bfloat16")
+    harness.view(*servers)
+    harness.connected(*servers)
+    for layer in range(LAYERS):
+        rows = DeviceRowsOf(IDS, layer)
+        harness.exchange.submit(rows)
+        harness.finish()
+        assert torch.equal(rows.outputs(), torch.from_numpy(rows.expected()).bfloat16())
+    assert {c._dtype for c in harness.exchange._connections.values()} == {dtype}
+    harness.exchange.close()
+    for server in servers:
+        server.die()
+
+
+class DeviceRowsOf(Rows):
+    """The same rows on a device."""
+
+    def __init__(self, ids, layer=0):
+        super().__init__(ids, layer)
+        inputs = torch.from_numpy(self.hidden).bfloat16()
+        self.hidden = inputs.float().numpy()
+        self._outputs = torch.full((self.ids.size, HIDDEN), float("nan"), dtype=torch.bfloat16)
+        self._index = np.full(self.ids.size, -1, np.int32)
+        self._device_rows = DeviceRows(inputs, self._outputs, self._index)
+
+    @property
+    def expert_rows(self):
+        return self._device_rows
+
+    def outputs(self):
+        return self._outputs[torch.from_numpy(self._index)]
+
+
 def test_without_shared_memory_rows_travel_in_frames(harness, servers, monkeypatch):
     monkeypatch.setattr(SharedRows, "open", lambda offer, layout: None)
     a, b = (s.serve() for s in servers)
@@ -199,7 +240,7 @@ def test_a_server_that_dies_between_receive_and_reply_loses_nothing(harness, ser
     assert counters.rows_resent == counters.rows_lost == sum(len(d.rows) for d in outstanding) > 0
 
 
-@pytest.mark.parametrize("change", [{"dtype": "float16"}, {"columns": HIDDEN - 1}, {"slot": 0}])
+@pytest.mark.parametrize("change", [{"dtype": "float16"}, {"dtype": "bfloat16"}, {"columns": HIDDEN - 1}, {"slot": 0}])
 def test_a_reply_of_other_rows_costs_its_server_the_connection_and_nothing_else(harness, servers, change):
     a, b = servers
     identity = only_welcomes(harness, a, b)
@@ -236,12 +277,13 @@ def test_a_second_welcome_gives_out_no_slot_twice(harness, servers):
     assert len(set(slots)) == 2
 
 
-def test_a_welcome_with_impossible_slots_costs_its_server_the_connection(harness, servers):
+@pytest.mark.parametrize("terms", [{"slot_rows": MAX_BYTES}, {"dtype": "bfloat16"}, {"dtype": "float16"}])
+def test_a_welcome_on_impossible_terms_costs_its_server_the_connection(harness, servers, terms):
     a, _ = servers
     harness.view(a)
     harness.until(lambda: a.socket.poll(0))
     identity, _ = a.socket.recv_multipart()
-    harness_welcome(a, identity, slot_rows=MAX_BYTES)
+    harness_welcome(a, identity, **terms)
     harness.until(lambda: "a" not in harness.exchange._connections)
     assert harness.exchange.suspects == ["a"]
 
@@ -272,8 +314,8 @@ def only_welcomes(harness, a, b):
     return identity
 
 
-def harness_welcome(server, identity, slot_rows=0):
-    welcome = protocol.Welcome(server.name, server.incarnation, 100, 100, slot_rows)
+def harness_welcome(server, identity, **terms):
+    welcome = protocol.Welcome(server.name, server.incarnation, 100, 100, **terms)
     server.socket.send_multipart([identity, protocol.encode(welcome)])
 
 

@@ -54,7 +54,9 @@ class LessExperts(LocalExperts):
         super().run(mb)
         gone = mb.topk_ids == self._missing[mb.layer]
         self.touched.append(gone.any(1))
-        leave_out(mb.topk_weights, mb.expert_output, gone.flatten().nonzero().flatten())
+        slots = gone.flatten().nonzero().flatten()
+        leave_out(mb.topk_weights, slots)
+        mb.expert_rows().clear(slots.numpy())
 
 
 def model_without(checkpoint, missing):

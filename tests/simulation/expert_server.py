@@ -34,7 +34,7 @@ class ExpertServer(Member):
         self.residency = Residency()
         self.slowness = 1.0
         size = cluster.size
-        self._limits = (size.layers, size.experts, 1, size.max_pairs)
+        self._limits = batching.Limits(size.layers, size.experts, 1, size.max_pairs)
         self._a, self._b = coefficients(size.layers, size.experts)
         self._waiting: list[tuple[End, Request]] = []
         self._busy = False
