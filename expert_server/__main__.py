@@ -118,7 +118,7 @@ class ExpertServer:
         backend = self._backend
         self.service.open(
             cp.path.name, cp.digest, shape, backend.compute, backend.max_tensor_bytes, backend.spin_s,
-            backend.slot_bytes, backend.dtype,
+            backend.slot_bytes, backend.dtype, backend.pin,
         )  # fmt: skip
         self._prepared.set()
 

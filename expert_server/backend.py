@@ -9,6 +9,7 @@ import numpy as np
 from expert_server.standby import HostReplicas
 from moering.checkpoint import Checkpoint, ExpertWeights
 from moering.errors import MoeringError
+from moering.shared_rows import Pin
 
 
 class NoRoom(MoeringError):
@@ -46,6 +47,11 @@ class Backend(Protocol):
     @property
     def spin_s(self) -> float:
         """For how long the computing thread looks for the next message before it sleeps."""
+        ...
+
+    @property
+    def pin(self) -> Pin | None:
+        """Prepares shared memory for copies to and from its GPU; None where there is none."""
         ...
 
     @property

@@ -25,6 +25,7 @@ class CpuBackend:
         torch.set_grad_enabled(False)
         self._arithmetic = arithmetic
         self.host_replicas = NoReplicas()
+        self.pin = None
 
     @property
     def fingerprint(self) -> str:

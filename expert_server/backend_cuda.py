@@ -16,6 +16,7 @@ import torch
 
 from expert_server.host_replicas_cuda import PinnedReplicas
 from expert_server.slots_cuda import CudaExpert, Slots
+from kernels import pinning
 from kernels.tensors import rows_tensor
 from kernels.triton_expert_ffn import GroupedExperts, numerics_fingerprint
 from kernels.triton_grouping import TILE_FIELDS, Grouping, list_tiles
@@ -24,6 +25,7 @@ from moering.checkpoint import ExpertWeights
 from moering.errors import ConfigError
 from moering.expert_frames import ITEM_BYTES
 from moering.protocol import MAX_FRAME_BYTES
+from moering.shared_rows import Pin
 from moering.transport import SPIN_S
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class CudaBackend:
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: PyTorch finds no GPU")
         self._device, self._hidden = torch.device(device), hidden
+        self.pin: Pin | None = pinning.pin if self._device.type == "cuda" else None
         if capacity == 0:
             free, _ = torch.cuda.mem_get_info()
             capacity = max(1, int(free * MEMORY_SHARE) // (6 * hidden * intermediate))

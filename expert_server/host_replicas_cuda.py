@@ -9,6 +9,7 @@ import torch
 from expert_server.memory import default_capacity
 from expert_server.residency import Key
 from expert_server.slots_cuda import SHRINK, CudaExpert, Slots, flatten
+from kernels import pinning
 from moering.checkpoint import ExpertWeights
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def _pinned(size: int, capacity: int, pin: bool) -> torch.Tensor:
     wanted, capacity = capacity, min(capacity, default_capacity(2 * size))
     while capacity > 0:
         memory = torch.empty(capacity, size, dtype=torch.bfloat16)
-        if not pin or int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+        if not pin or pinning.register(memory.data_ptr(), memory.nbytes):
             break
         capacity = int(capacity * SHRINK)
     else:

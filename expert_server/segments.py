@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moering.expert_frames import Dispatch
-from moering.shared_rows import Layout, SharedRows
+from moering.shared_rows import Layout, Pin, SharedRows
 
 MAX_ROUTERS = 64
 """Whoever said hello longest ago loses its segment to a newcomer, and has to say hello again."""
@@ -14,9 +14,9 @@ MAX_ROUTERS = 64
 class Segments:
     """By the connection's identity. A router that says hello again has given up its earlier connection."""
 
-    def __init__(self, hidden_size: int, slot_bytes: int) -> None:
-        """Slots hold so many bytes of rows in each direction."""
-        self._hidden_size, self._slot_bytes = hidden_size, slot_bytes
+    def __init__(self, hidden_size: int, slot_bytes: int, pin: Pin | None = None) -> None:
+        """Slots hold so many bytes of rows in each direction, and are pinned for a GPU with `pin`."""
+        self._hidden_size, self._slot_bytes, self._pin = hidden_size, slot_bytes, pin
         self._by_identity: dict[bytes, SharedRows] = {}
         self._identity_of: dict[str, bytes] = {}  # by router
 
@@ -25,14 +25,20 @@ class Segments:
 
         Returns the rows of each; 0 when it offers none, or what this process cannot open.
         """
-        self._by_identity.pop(self._identity_of.pop(router, b""), None)
-        segment = SharedRows.open(offer, Layout.of(slots, self._slot_bytes, self._hidden_size, dtype))
+        self._forget(router)
+        segment = SharedRows.open(offer, Layout.of(slots, self._slot_bytes, self._hidden_size, dtype), self._pin)
         if segment is None:
             return 0
         while len(self._identity_of) >= MAX_ROUTERS:
-            self._by_identity.pop(self._identity_of.pop(next(iter(self._identity_of))), None)
+            self._forget(next(iter(self._identity_of)))
         self._by_identity[identity], self._identity_of[router] = segment, identity
         return segment.layout.rows
+
+    def _forget(self, router: str) -> None:
+        """What was received there and is not computed yet is computed all the same; no computation is under way."""
+        segment = self._by_identity.pop(self._identity_of.pop(router, b""), None)
+        if segment is not None:
+            segment.close()
 
     def slot(self, identity: bytes, message: Dispatch) -> tuple[np.ndarray, np.ndarray] | None:
         """(sent, answered) of the slot that a dispatch names; None where the connection has no such memory."""

@@ -19,7 +19,7 @@ from moering import protocol, transport
 from moering.errors import ProtocolError
 from moering.expert_frames import ITEM_BYTES, Dispatch, Reply
 from moering.protocol import MAX_TENSOR_BYTES, Failed, Hello, NotHere, Refused, Welcome
-from moering.shared_rows import ARRAYS, SLOT_BYTES
+from moering.shared_rows import ARRAYS, SLOT_BYTES, Pin
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +54,14 @@ class Service(threading.Thread):
         spin_s: float = 0.0,
         slot_bytes: int = SLOT_BYTES,
         dtype: str = "float32",
+        pin: Pin | None = None,
     ) -> None:
         """Begin to serve a checkpoint of `shape` = (layers, experts, hidden_size).
 
         Messages carry at most `max_tensor_bytes` of rows, in shared memory at most `slot_bytes`. After each, the next
         is looked for without a rest for `spin_s`: a thread that sleeps wakes up late. `compute` takes float32 rows, and
-        those of `dtype`, which routers may ask for.
+        those of `dtype`, which routers may ask for; it has done with them when it returns. `pin` prepares shared memory
+        for its GPU.
         """
         self._model, self._digest, self._compute, self._spin_s = model, digest, compute, spin_s
         hidden_size, self._dtype = shape[2], dtype
@@ -67,7 +69,7 @@ class Service(threading.Thread):
         self._most_pairs = {d: max(1, max_tensor_bytes // (ITEM_BYTES[d] * hidden_size)) for d in dtypes}
         self._max_pairs = self._most_pairs[dtype]
         self._limits = batching.Limits(*shape, self._max_pairs, dtypes)
-        self._segments = Segments(hidden_size, slot_bytes)
+        self._segments = Segments(hidden_size, slot_bytes, pin)
         # by dtype: rows of several requests together, and what becomes of them
         self._hidden = {d: np.zeros((self._max_pairs, hidden_size), ARRAYS[d]) for d in dtypes}
         self._out = {d: np.zeros((self._max_pairs, hidden_size), ARRAYS[d]) for d in dtypes}

@@ -4,9 +4,9 @@ The router makes a file in memory, without a name, for each connection, and offe
 is to be found and how many slots it needs. The server opens it, checks the nonce inside, and says with its welcome how
 many rows a slot holds, which is what its messages need. The file's length is the limit for all; it takes memory slot by
 slot, as they are used first. It goes when both ends are gone, however they went. It belongs to one connection, and a
-slot to one dispatch until its answer arrives: a server that was given up, and wakes up late, writes to memory that
-nobody reads any more. Where the server does not see the router's descriptors (containers, other users), or no slot is
-free, rows travel in frames.
+slot to one dispatch until its answer has been read: a server that was given up, and wakes up late, writes to memory
+that nobody reads any more. Where the server does not see the router's descriptors (containers, other users), or no slot
+is free, rows travel in frames.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import os
 import re
 import secrets
 import stat
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +41,8 @@ _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not
 ARRAYS: dict[str, npt.DTypeLike] = {"float32": np.float32, "bfloat16": np.int16}
 """What rows are as arrays. numpy has no bfloat16: their bits."""
 Rows = npt.NDArray[Any]
+Pin = Callable[[npt.NDArray[np.uint8]], Callable[[], None]]
+"""Prepares memory for a GPU; what it returns undoes that, and has to be called before the memory is given back."""
 
 
 class Layout(NamedTuple):
@@ -74,10 +78,12 @@ class Layout(NamedTuple):
 class SharedRows:
     """`sent[slot]` and `answered[slot]`: [layout.rows, columns] each, of the type in `ARRAYS`."""
 
-    def __init__(self, memory: mmap.mmap, layout: Layout) -> None:
+    def __init__(self, memory: mmap.mmap, layout: Layout, pin: Pin | None = None) -> None:
+        """Each slot is given to `pin` when it is used first."""
         self.layout = layout
-        self._memory = memory
+        self._memory, self._pin = memory, pin
         self._ready: set[int] = set()
+        self._unpin: list[Callable[[], Any]] = []
         self.sent = [self._part(2 * slot) for slot in range(layout.slots)]
         self.answered = [self._part(2 * slot + 1) for slot in range(layout.slots)]
 
@@ -85,16 +91,27 @@ class SharedRows:
         """Take the slot's memory at its first use. False where memory is short: writing there would kill the writer."""
         if slot not in self._ready:
             size = 2 * self.layout.part_bytes
+            start = _PAGE + slot * size
             try:
-                self._memory.madvise(_POPULATE_WRITE, _PAGE + slot * size, size)
+                self._memory.madvise(_POPULATE_WRITE, start, size)
             except OSError as e:
-                if e.errno != errno.EINVAL:  # an older kernel: memory comes as it is touched
+                if e.errno in (errno.ENOMEM, errno.EFAULT):  # else an older kernel: memory comes as it is touched
                     return False
+            if self._pin is not None:
+                # The part keeps the memory mapped until it is undone, at the latest when this object is collected.
+                undo = weakref.finalize(self, self._pin(np.frombuffer(self._memory, np.uint8, size, start)))
+                undo.atexit = False
+                self._unpin.append(undo)
             self._ready.add(slot)
         return True
 
+    def close(self) -> None:
+        """No GPU reads or writes here any more, and none will."""
+        for undo in self._unpin:
+            undo()
+
     @classmethod
-    def open(cls, offer: str, layout: Layout) -> SharedRows | None:
+    def open(cls, offer: str, layout: Layout, pin: Pin | None = None) -> SharedRows | None:
         """The memory that is offered; None where it cannot be opened or is not the one that was meant."""
         parts = _OFFER.fullmatch(offer)
         if parts is None or not layout.possible:
@@ -113,7 +130,7 @@ class SharedRows:
             return None
         finally:
             os.close(fd)
-        return cls(memory, layout) if memory[: len(nonce)] == nonce.encode() else None
+        return cls(memory, layout, pin) if memory[: len(nonce)] == nonce.encode() else None
 
     def _part(self, index: int) -> Rows:
         _, rows, columns, dtype = self.layout
@@ -141,10 +158,10 @@ class Offer:
             return None
         return cls(fd, nonce)
 
-    def accepted(self, layout: Layout) -> SharedRows | None:
+    def accepted(self, layout: Layout, pin: Pin | None = None) -> SharedRows | None:
         """The memory as the server wants it; None where it cannot be mapped."""
         try:
-            return SharedRows(mmap.mmap(self._fd, layout.bytes), layout)
+            return SharedRows(mmap.mmap(self._fd, layout.bytes), layout, pin)
         except OSError:
             return None
 

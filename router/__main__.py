@@ -22,7 +22,7 @@ from moering.leader import finder
 from moering.lease import LeaseClient
 from moering.process import incarnation, install_signal_handlers, run_main
 from moering.protocol import Hello, Lease, Leave, MemberInfo, Register, View
-from moering.shared_rows import MAX_SLOTS, SLOTS
+from moering.shared_rows import MAX_SLOTS, SLOTS, Pin
 from router.config import Config
 from router.engine import Engine
 from router.exchange import Exchange
@@ -53,7 +53,7 @@ class Router:
             "router", self.id, self.incarnation, self.model, self.checkpoint.digest, shared_slots=slots,
             dtype="bfloat16" if config.device == "cuda" else "float32",
         )  # fmt: skip
-        self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic)
+        self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic, _pin(config))
         frontend = Frontend(
             socket, self.id, self.incarnation, config.max_num_seqs, self.model, self.checkpoint.digest
         )  # fmt: skip
@@ -135,6 +135,14 @@ class Router:
     def _on_refused(self, reason: str) -> None:
         self._refusal = reason
         self.engine.stop()
+
+
+def _pin(config: Config) -> Pin | None:
+    if config.device == "cpu":
+        return None
+    from kernels.pinning import pin
+
+    return pin
 
 
 def build_engine(

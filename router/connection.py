@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 
 import numpy as np
 import zmq
@@ -12,17 +13,18 @@ from moering.errors import ProtocolError
 from moering.expert_frames import INLINE, Reply
 from moering.expert_frames import Dispatch as DispatchMessage
 from moering.protocol import Hello, MemberInfo, Welcome
-from moering.shared_rows import ARRAYS, Layout, Offer, SharedRows
+from moering.shared_rows import ARRAYS, Layout, Offer, Pin, SharedRows
 from moering.transport import Frames
-from router.expert_rows import ExpertRows
+from router.expert_rows import ExpertRows, Reading
 from router.instructions import Dispatch
 
 
 class Connection:
     """Never reused: a server that comes back, even at the same address, gets a new connection."""
 
-    def __init__(self, server: MemberInfo, hello: Hello, hidden_size: int) -> None:
-        """Connect and say hello. Raises `OSError` when the address does not resolve."""
+    def __init__(self, server: MemberInfo, hello: Hello, hidden_size: int, pin: Pin | None = None) -> None:
+        """Connect and say hello. `pin` prepares shared memory for a GPU. Raises `OSError` when the address does not
+        resolve."""
         self.server_id, self.incarnation = server.server_id, server.incarnation
         self.key = server.server_id, server.incarnation
         self.welcomed, self.open = False, True
@@ -32,6 +34,8 @@ class Connection:
         self._shared: SharedRows | None = None
         self._free_slots: list[int] = []  # none before the server has accepted the offer
         self._slot_of: dict[int, int] = {}  # by seq, until the answer is here
+        self._reading: deque[tuple[Reading, int]] = deque()  # slots whose answer a GPU still reads, in that order
+        self._pin = pin
         self.socket = transport.make_socket(zmq.DEALER, transport.DATA, queue_messages=10_000)
         self.watch = transport.watch_disconnects(self.socket)
         try:
@@ -65,7 +69,7 @@ class Connection:
             layout = Layout(self._slots, message.slot_rows, self._hidden_size, message.dtype)
             if not layout.possible:
                 raise ProtocolError(f"slots of {message.slot_rows} rows")
-            self._shared = self._offer.accepted(layout)
+            self._shared = self._offer.accepted(layout, self._pin)
             self._free_slots = list(range(self._slots))
         self.welcomed = True
         self._withdraw()
@@ -101,6 +105,8 @@ class Connection:
     def _take_slot(self, pairs: int) -> int:
         """A free slot that holds so many rows, and has memory."""
         if self._shared is not None and pairs <= self._shared.layout.rows:
+            while self._reading and self._reading[0][0].query():
+                self._free_slots.append(self._reading.popleft()[1])
             while self._free_slots:
                 slot = self._free_slots.pop()
                 if self._shared.ready(slot):
@@ -108,14 +114,20 @@ class Connection:
         return INLINE
 
     def answered(self, seq: int) -> int:
-        """The server owes no answer to this dispatch any more; the slot that it had, which is free now."""
-        slot = self._slot_of.pop(seq, INLINE)
-        if slot != INLINE:
+        """The server owes no answer to this dispatch any more; the slot that it had, which is then to be released."""
+        return self._slot_of.pop(seq, INLINE)
+
+    def release(self, slot: int, reading: Reading | None = None) -> None:
+        """Nobody needs what is in the slot, or nobody will when `reading` ends."""
+        if slot == INLINE:
+            return
+        if reading is None:
             self._free_slots.append(slot)
-        return slot
+        else:
+            self._reading.append((reading, slot))
 
     def rows_of(self, reply: Reply, slot: int, tensor: memoryview | None) -> np.ndarray:
-        """The rows of a reply to a dispatch in `slot`, [rows, hidden_size], good until the next `pack`.
+        """The rows of a reply to a dispatch in `slot`, [rows, hidden_size], good until that is released.
 
         Raises `ProtocolError` where they are not what or where they should be.
         """
@@ -133,8 +145,12 @@ class Connection:
         self.socket.disable_monitor()
         self.watch.close()
         self.socket.close()
-        self._shared = None
         self._withdraw()
+        if self._shared is not None:
+            for reading, _ in self._reading:
+                reading.synchronize()
+            self._shared.close()
+            self._shared = None
 
     def _withdraw(self) -> None:
         if self._offer is not None:

@@ -18,11 +18,12 @@ from moering import protocol
 from moering.errors import ProtocolError
 from moering.expert_frames import Reply
 from moering.protocol import Failed, Hello, MemberInfo, NotHere, Refused, View, Welcome
+from moering.shared_rows import Pin
 from moering.transport import Frames
 from router.connection import Connection
 from router.dispatch import Dispatcher
-from router.expert_rows import ExpertRows
-from router.instructions import Complete, Instruction, Poisoned, Send
+from router.expert_rows import ExpertRows, Reading
+from router.instructions import Complete, Dispatch, Instruction, Poisoned, Send
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,19 @@ class Finished:
 class Exchange:
     """All connections to expert servers, and the works in progress."""
 
-    def __init__(self, hello: Hello, hidden_size: int, poller: zmq.Poller, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        hello: Hello,
+        hidden_size: int,
+        poller: zmq.Poller,
+        clock: Callable[[], float],
+        pin: Pin | None = None,
+    ) -> None:
+        """`pin` prepares shared memory for the GPU of this process."""
         self.dispatcher = Dispatcher()
         self.changed = False  # routes were gained since the engine last looked: held slots may be tried again
         self._hello, self._hidden_size, self._poller, self._clock = hello, hidden_size, poller, clock
+        self._pin = pin
         self._members: dict[str, MemberInfo] = {}
         self._connections: dict[str, Connection] = {}
         self._by_socket: dict[Any, Connection] = {}
@@ -189,7 +199,7 @@ class Exchange:
 
     def _connect(self, member: MemberInfo) -> None:
         try:
-            connection = Connection(member, self._hello, self._hidden_size)
+            connection = Connection(member, self._hello, self._hidden_size, self._pin)
         except OSError as e:
             logger.warning("cannot connect to %s at %s: %s; trying again", member.server_id, member.address, e)
             return
@@ -215,7 +225,7 @@ class Exchange:
         if isinstance(message, Reply):
             self._put(connection, message, tensor)
         elif isinstance(message, NotHere):
-            connection.answered(message.seq)
+            connection.release(connection.answered(message.seq))
             self._do(self.dispatcher.not_here(server, message.incarnation, message.seq, now))
         elif isinstance(message, Welcome) and message.incarnation == connection.incarnation:
             self._welcome(connection, message)
@@ -244,20 +254,20 @@ class Exchange:
         try:
             d = self.dispatcher.find(connection.server_id, reply.incarnation, reply.seq, reply.rows)
             if d is None:
+                connection.release(slot)
                 return
             rows = connection.rows_of(reply, slot, tensor)
         except ProtocolError as e:
             self._lose(connection, f"a bad reply ({e})", REFUSED_RETRY_S)
             return
-        if not d.wanted:
-            self._do(self.dispatcher.replied(d, self._clock()))
-            return
+        connection.release(slot, self._take_in(d, rows) if d.wanted else None)
+        self._do(self.dispatcher.replied(d, self._clock()))
+
+    def _take_in(self, d: Dispatch, rows: np.ndarray) -> Reading | None:
         expert_rows = self._micro_batches[d.work].expert_rows
         if d.open is None:
-            expert_rows.put(d.slots, rows)
-        else:  # another replica was faster with some of them
-            expert_rows.put(d.slots[d.open], rows[d.open])
-        self._do(self.dispatcher.replied(d, self._clock()))
+            return expert_rows.put(d.slots, rows)
+        return expert_rows.put(d.slots[d.open], rows[d.open])  # another replica was faster with the rest
 
     def _do(self, instructions: list[Instruction]) -> None:
         copied: list[tuple[Connection, Frames, ExpertRows]] = []  # by a GPU, which takes its time

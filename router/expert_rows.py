@@ -9,6 +9,18 @@ import numpy as np
 from router.instructions import Dispatch
 
 
+class Reading(Protocol):
+    """Something still reads the memory that it was given; a `torch.cuda.Event`."""
+
+    def query(self) -> bool:
+        """Whether that is over."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until it is."""
+        ...
+
+
 class ExpertRows(Protocol):
     """Of one micro-batch. Rows are arrays of the types in `moering.shared_rows.ARRAYS`."""
 
@@ -27,8 +39,11 @@ class ExpertRows(Protocol):
         """The rows of a dispatch, each once, as a contiguous array to be sent as it is."""
         ...
 
-    def put(self, slots: np.ndarray, rows: np.ndarray) -> None:
-        """The outputs of these slots (int64 [pairs]) have come, `rows` [pairs, hidden]; once for each in a layer."""
+    def put(self, slots: np.ndarray, rows: np.ndarray) -> Reading | None:
+        """The outputs of these slots (int64 [pairs]) have come, `rows` [pairs, hidden]; once for each in a layer.
+
+        None: they have been read.
+        """
         ...
 
     def clear(self, slots: np.ndarray) -> None:

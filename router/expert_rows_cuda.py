@@ -47,11 +47,16 @@ class DeviceRows:
         rows = self._chosen(d).to("cpu", _DTYPES[dtype])
         return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
-    def put(self, slots: np.ndarray, rows: np.ndarray) -> None:
-        """Start the copy; float32 rows are rounded to bf16."""
+    def put(self, slots: np.ndarray, rows: np.ndarray) -> torch.cuda.Event | None:
+        """Start the copy, which the event ends; float32 rows are rounded to bf16."""
         start, self._filled = self._filled, self._filled + len(slots)
         copy_rows(self._outputs[start : self._filled], rows_tensor(rows if rows.flags.writeable else rows.copy()))
         self._index[slots] = np.arange(start, self._filled)
+        if not self._outputs.is_cuda:
+            return None
+        copied = torch.cuda.Event()
+        copied.record()
+        return copied
 
     def clear(self, slots: np.ndarray) -> None:
         """See `ExpertRows`."""

@@ -17,6 +17,7 @@ from expert_server.backend_cuda import CudaBackend
 from kernels import expert_ffn, reference
 from kernels.tensors import as_tensor
 from moering.checkpoint import Checkpoint
+from moering.protocol import MAX_FRAME_BYTES
 from tests.interpreter import DEVICE
 from tests.tiny import write_checkpoint
 
@@ -79,7 +80,7 @@ def test_whole_messages_fit_into_a_slot_and_a_frame(backend, monkeypatch):
     monkeypatch.setattr(module, "CALL_PAIRS", 1024)
     for hidden in (2048, 4096, 7168):
         monkeypatch.setattr(backend, "_hidden", hidden)
-        assert backend.slot_bytes == backend.max_tensor_bytes == 1024 * hidden * 2 <= module.MAX_FRAME_BYTES
+        assert backend.slot_bytes == backend.max_tensor_bytes == 1024 * hidden * 2 <= MAX_FRAME_BYTES
 
 
 def test_a_slot_is_free_again_when_nobody_uses_its_expert(backend, checkpoint):

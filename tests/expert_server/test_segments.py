@@ -9,6 +9,7 @@ import pytest
 from expert_server.segments import MAX_ROUTERS, Segments
 from moering.expert_frames import Dispatch
 from moering.shared_rows import MAX_SLOTS, SLOT_BYTES, SLOTS, Layout, Offer, SharedRows
+from tests.moering.test_shared_rows import Pins
 
 LAYOUT = Layout.of(SLOTS, SLOT_BYTES, 8)
 
@@ -62,6 +63,23 @@ def test_a_connection_reaches_its_own_slots_only(offers: list[Offer]) -> None:
 @pytest.mark.parametrize("slots", [0, MAX_SLOTS + 1])
 def test_a_number_of_slots_that_cannot_be_is_not_used(offers: list[Offer], slots: int) -> None:
     assert Segments(8, SLOT_BYTES).open(b"a", "one", offers[0].text, slots, "float32") == 0
+
+
+def test_memory_of_a_connection_that_was_given_up_is_not_pinned_any_more(offers: list[Offer]) -> None:
+    pins = Pins()
+    segments = Segments(8, SLOT_BYTES, pins)
+
+    def use(identity: bytes, router: str, offer: Offer, slot: int) -> None:
+        assert segments.open(identity, router, offer.text, SLOTS, "float32")
+        assert segments.slot(identity, dispatch(slot)) is not None
+        assert segments.slot(identity, dispatch(slot)) is not None
+
+    use(b"first", "router", offers[0], 1)
+    use(b"second", "router", offers[1], 1)
+    assert (len(pins.now), pins.undone) == (1, 1)
+    for n in range(MAX_ROUTERS):
+        use(f"i{n}".encode(), f"r{n}", offers[0], 0)
+    assert (len(pins.now), pins.undone) == (MAX_ROUTERS, 2), "the one that said hello longest ago lost its memory"
 
 
 def test_with_too_many_routers_the_first_has_to_say_hello_again(offers: list[Offer]) -> None:

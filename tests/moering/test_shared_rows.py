@@ -1,12 +1,15 @@
 """Memory that two processes share: both see the rows, nothing is left of it, and nothing else can be opened as one."""
 
 import errno
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from moering import shared_rows
@@ -93,6 +96,53 @@ def test_a_slot_without_memory_is_not_used(error: int, usable: bool) -> None:
 
     layout = Layout(1, 2, 3)
     assert SharedRows(Memory(layout.bytes), layout).ready(0) is usable  # type: ignore[arg-type]
+
+
+class Pins:
+    """Addresses and sizes of what is pinned; undoing writes to the memory, which must still be there."""
+
+    def __init__(self) -> None:
+        self.now: dict[int, int] = {}
+        self.undone = 0
+
+    def __call__(self, memory: npt.NDArray[np.uint8]) -> Callable[[], None]:
+        address = memory.ctypes.data
+        assert address not in self.now
+        self.now[address] = memory.nbytes
+
+        def undo() -> None:
+            memory[:] = 7
+            del self.now[address]
+            self.undone += 1
+
+        return undo
+
+
+def test_a_slot_is_pinned_at_its_first_use_and_whole(offer: Offer) -> None:
+    pins = Pins()
+    mine = offer.accepted(Layout(3, 5, 24), pins)
+    assert mine is not None and not pins.now
+    assert all(mine.ready(slot) for slot in (2, 0, 2))
+    ends = {s: (mine.sent[s].ctypes.data, mine.answered[s].ctypes.data + mine.answered[s].nbytes) for s in (0, 2)}
+    for (address, size), (start, end) in zip(sorted(pins.now.items()), ends.values(), strict=True):
+        assert address == start and end <= address + size and size % shared_rows._PAGE == 0
+    (first, size), (second, _) = sorted(pins.now.items())
+    assert first + size <= second, "no page is pinned twice"
+    mine.close()
+    mine.close()
+    assert not pins.now
+
+
+@pytest.mark.parametrize("view_is_kept", [True, False])
+def test_memory_is_not_given_back_pinned(offer: Offer, view_is_kept: bool) -> None:
+    pins = Pins()
+    mine = offer.accepted(SMALL, pins)
+    assert mine is not None and mine.ready(1)
+    view = mine.sent[1] if view_is_kept else None
+    del mine
+    gc.collect()
+    assert not pins.now
+    assert view is None or view.view(np.uint8).max() == 7
 
 
 def test_an_offer_ends_when_it_is_withdrawn(offer: Offer) -> None:

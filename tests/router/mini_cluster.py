@@ -60,7 +60,7 @@ class Server:
                 raise SystemExit  # ends this thread
             backend.compute(*args)
 
-        terms = {name: getattr(backend, name) for name in ("max_tensor_bytes", "slot_bytes", "dtype")}
+        terms = {name: getattr(backend, name) for name in ("max_tensor_bytes", "slot_bytes", "dtype", "pin")}
         self.service.open("m", checkpoint.digest, shape, compute, **terms)
 
     @property
@@ -87,7 +87,7 @@ class MiniCluster:
         hello = Hello(
             "router", f"r{router}", router, "m", self.checkpoint.digest, "", SLOTS, dtype or self.backend.dtype
         )
-        self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic)
+        self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic, self.backend.pin)
         socket = transport.make_socket(zmq.ROUTER)
         self.address = transport.bind(socket, f"ipc://{directory}/r{router}")
         config = Config(**{"kv_cache_mb": 64, **options})

@@ -72,10 +72,10 @@ class Rows:
 
 
 class Harness:
-    def __init__(self, dtype="float32"):
+    def __init__(self, dtype="float32", pin=None):
         self.poller = zmq.Poller()
         hello = Hello("router", "r", 7, "model", "digest", "", SLOTS, dtype)
-        self.exchange = Exchange(hello, HIDDEN, self.poller, time.monotonic)
+        self.exchange = Exchange(hello, HIDDEN, self.poller, time.monotonic, pin)
         self.epoch = 0
 
     def view(self, *servers, routing=None):
@@ -145,7 +145,7 @@ def test_rows_travel_and_results_land_in_their_slots(harness, servers):
 def test_rows_on_a_device_travel_in_the_type_that_both_ends_agree_on(tmp_path, monkeypatch, dtype, shared):
     """A router that asks for bf16, with servers that compute in it, and with ones that do not."""
     if not shared:
-        monkeypatch.setattr(SharedRows, "open", lambda offer, layout: None)
+        monkeypatch.setattr(SharedRows, "open", lambda *args: None)
     servers = [Server(tmp_path, n).serve(dtype) for n in "ab"]
     harness = Harness("bfloat16")
     harness.view(*servers)
@@ -181,7 +181,7 @@ class DeviceRowsOf(Rows):
 
 
 def test_without_shared_memory_rows_travel_in_frames(harness, servers, monkeypatch):
-    monkeypatch.setattr(SharedRows, "open", lambda offer, layout: None)
+    monkeypatch.setattr(SharedRows, "open", lambda *args: None)
     a, b = (s.serve() for s in servers)
     harness.view(a, b)
     harness.connected(a, b)

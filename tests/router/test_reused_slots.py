@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from moering import protocol
 from moering.expert_frames import INLINE, Dispatch, Reply
 from moering.protocol import NotHere, Welcome
 from moering.shared_rows import SLOTS, Layout, SharedRows
+from router.expert_rows import HostRows
 from tests.router.test_exchange import EXPERTS, HIDDEN, LAYERS, Harness, Rows, Server
 
 IDS = [[0, 1], [2, 3], [1, 2], [3, 0]]
@@ -134,6 +135,91 @@ def test_a_server_that_was_given_up_writes_where_nobody_reads(harness: Harness, 
     handled(harness, stale=1)
     by_hand.say(right)
     finish(harness, rows)
+
+
+class Copy:
+    """A GPU's copy of an answer, which ends when the test says so; else when somebody waits for it."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.over, self._log = False, log
+
+    def query(self) -> bool:
+        return self.over
+
+    def synchronize(self) -> None:
+        self._log.append("waited")
+        self.over = True
+
+
+class SlowRows(Rows):
+    """Rows whose outputs a GPU copies out of the slots."""
+
+    def __init__(self, copies: list[Copy], log: list[str]) -> None:
+        super().__init__(IDS)
+        self._copies, self._log = copies, log
+
+    @property
+    def expert_rows(self) -> HostRows:
+        return SlowHostRows(self)
+
+
+class SlowHostRows(HostRows):
+    def __init__(self, rows: SlowRows) -> None:
+        super().__init__(rows.hidden, rows.output)
+        self._rows = rows
+
+    def put(self, slots: np.ndarray, rows: np.ndarray) -> Copy:  # type: ignore[override]
+        super().put(slots, rows)
+        self._rows._copies.append(Copy(self._rows._log))
+        return self._rows._copies[-1]
+
+
+def test_a_slot_stays_taken_until_its_answer_has_been_copied(harness: Harness, by_hand: ByHand) -> None:
+    by_hand.accept()
+    copies: list[Copy] = []
+    log: list[str] = []
+    used: list[int] = []
+
+    def go_through() -> int:
+        harness.exchange.submit(SlowRows(copies, log))
+        dispatch = by_hand.receive()
+        by_hand.say(by_hand.compute(dispatch))
+        harness.finish()
+        return dispatch.slot
+
+    used = [go_through() for _ in range(SLOTS)]
+    assert len(set(used)) == SLOTS, "the GPU still reads all that were answered"
+    harness.exchange.submit(Rows(IDS))
+    _, header, *frames = by_hand.server.socket.recv_multipart()
+    assert protocol.decode([header, *frames])[0].slot == INLINE
+    copies[1].over = True
+    harness.exchange.submit(Rows(IDS))
+    _, header, *frames = by_hand.server.socket.recv_multipart()
+    assert protocol.decode([header, *frames])[0].slot == INLINE, "copies end in the order in which they began"
+    copies[0].over = True
+    assert {go_through(), go_through()} == set(used[:2])
+    assert log == []
+
+
+def test_a_connection_goes_when_the_gpu_has_done_with_its_memory(tmp_path: Path) -> None:
+    log: list[str] = []
+
+    def pin(memory: np.ndarray) -> Callable[[], None]:
+        log.append("pinned")
+        return lambda: log.append("unpinned")
+
+    harness = Harness(pin=pin)
+    server = Server(tmp_path, "a")
+    harness.view(server, routing=ONLY)
+    by_hand = ByHand(server, harness)
+    by_hand.accept()
+    harness.exchange.submit(SlowRows([], log))
+    by_hand.say(by_hand.compute(by_hand.receive()))
+    harness.finish()
+    held = harness.exchange._connections["a"]._shared  # as an exception's traceback may hold it
+    harness.exchange.close()
+    server.die()
+    assert held is not None and log == ["pinned", "waited", "unpinned"]
 
 
 def test_a_slot_stays_taken_until_its_answer_is_here(harness: Harness, by_hand: ByHand) -> None:
