@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moering.expert_frames import Dispatch
 from moering.shared_rows import ARRAYS
+
+FEW_PAIRS = 64
+"""Up to so many lists are faster than arrays."""
 
 
 class Limits(NamedTuple):
@@ -68,21 +71,24 @@ def parse(  # noqa: PLR0911  (one return for each thing that may be wrong)
         max_pairs = min(max_pairs, len(rows[1]))
     if rest or not 0 < message.rows <= pairs <= max_pairs:
         return f"{len(message.pairs)} bytes of pairs for {message.rows} rows; at most {max_pairs} pairs in one message"
-    numbers = memoryview(message.pairs).cast("H").tolist()  # both ends are little-endian
+    # both ends are little-endian
+    numbers: Any = (
+        memoryview(message.pairs).cast("H").tolist() if pairs <= FEW_PAIRS else np.frombuffer(message.pairs, "H")
+    )
     pair_experts = numbers[-pairs:]
-    grouped = _runs(pair_experts)
+    grouped = (runs_of_few if pairs <= FEW_PAIRS else runs_of_many)(pair_experts)
     if grouped is None or pair_experts[-1] >= num_experts:
-        return f"experts {pair_experts[:8]}… are not sorted, or beyond {num_experts}"
+        return f"experts {list(map(int, pair_experts[:8]))}… are not sorted, or beyond {num_experts}"
     if isinstance(rows, tuple):
         hidden, out = rows[0][: message.rows], rows[1][:pairs]
     else:
         hidden, out = np.frombuffer(rows, ARRAYS[message.dtype]).reshape(message.rows, hidden_size), None
     if row_each:
         return Request(identity, message, hidden, None, *grouped, out)
-    pair_rows = numbers[:pairs]
-    if max(pair_rows) >= message.rows:
-        return f"row {max(pair_rows)} of {message.rows}"
-    return Request(identity, message, hidden, np.array(pair_rows), *grouped, out)
+    pair_rows = np.array(numbers[:pairs], np.int64)
+    if pair_rows.max() >= message.rows:
+        return f"row {pair_rows.max()} of {message.rows}"
+    return Request(identity, message, hidden, pair_rows, *grouped, out)
 
 
 def group(requests: list[Request], max_pairs: int) -> list[Group]:
@@ -116,7 +122,16 @@ def _merge(requests: list[Request]) -> Group:
     return Group(requests, rows[order], experts.tolist(), counts.tolist(), order)
 
 
-def _runs(pair_experts: list[int]) -> tuple[list[int], list[int]] | None:
+def runs_of_many(pair_experts: np.ndarray) -> tuple[list[int], list[int]] | None:
+    """`runs_of_few` for arrays."""
+    steps = np.diff(pair_experts.astype(np.int64))
+    if (steps < 0).any():
+        return None
+    starts = np.concatenate(([0], steps.nonzero()[0] + 1))
+    return pair_experts[starts].tolist(), np.diff(starts, append=len(pair_experts)).tolist()
+
+
+def runs_of_few(pair_experts: list[int]) -> tuple[list[int], list[int]] | None:
     """The distinct experts and how often each comes; None where they are not ascending."""
     experts: list[int] = []
     counts: list[int] = []

@@ -78,6 +78,33 @@ def test_every_request_gets_its_own_rows_back(specs, max_pairs):
         assert (answers[r.message.seq] == hidden * (1 + np.repeat(r.experts, r.counts)[:, None])).all()
 
 
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=80), st.booleans())
+def test_many_pairs_are_grouped_as_few_are(experts, in_order):
+    experts = sorted(experts) if in_order else experts
+    found = batching.runs_of_few(experts)
+    assert batching.runs_of_many(np.array(experts, np.uint16)) == found
+    assert (found is None) == (experts != sorted(experts))
+
+
+@pytest.mark.parametrize("pairs", [batching.FEW_PAIRS, batching.FEW_PAIRS + 1])
+def test_messages_of_few_and_of_many_pairs_say_the_same(pairs):
+    limits, rows = batching.Limits(1, pairs, HIDDEN, pairs), np.zeros((2, HIDDEN), np.float32)
+    good = Dispatch(9, 1, 0, False, b"", "float32", 2, HIDDEN)
+
+    def parse(which, experts):
+        packed = np.array([which, experts], "<u2").tobytes()
+        return batching.parse(b"", good._replace(pairs=packed), memoryview(rows.tobytes()), limits)
+
+    alternating, ascending = [i % 2 for i in range(pairs)], list(range(pairs))
+    request = parse(alternating, ascending)
+    assert (request.rows.tolist(), request.experts, request.counts) == (alternating, ascending, [1] * pairs)
+    assert parse([*alternating[:-1], 2], ascending) == "row 2 of 2"
+    assert parse(alternating, [*ascending[:-1], pairs]).startswith(
+        "experts [0, 1, 2, 3, 4, 5, 6, 7]… are not sorted, or"
+    )
+    assert isinstance(parse(alternating, ascending[::-1]), str)
+
+
 def test_decode_goes_before_prefill():
     long, short = request(dispatch([(0, 0), (1, 0)], 1, prefill=True)), request(dispatch([(0, 0)], 2))
     first, *_ = batching.group([long, short], 2)
