@@ -74,6 +74,12 @@ class Connection:
         self.welcomed = True
         self._withdraw()
 
+    @property
+    def terms(self) -> str:
+        """How rows travel, for the log."""
+        slots = "no shared memory" if self._shared is None else f"{self._slots} slots of {self._shared.layout.rows}"
+        return f"{self._dtype} rows, {slots}"
+
     def lost(self) -> bool:
         """Whether the watch has anything to say: all that it watches for means that this connection is over."""
         return transport.try_receive(self.watch) is not None

@@ -14,7 +14,7 @@ from expert_server.service import Service
 from moering import protocol, transport
 from moering.expert_frames import INLINE, ITEM_BYTES, Reply
 from moering.protocol import Hello, MemberInfo, View
-from moering.shared_rows import MAX_BYTES, SLOTS, Layout, SharedRows
+from moering.shared_rows import MAX_BYTES, SLOT_BYTES, SLOTS, Layout, SharedRows
 from router.exchange import HANDSHAKE_S, Exchange
 from router.expert_rows import HostRows
 from router.expert_rows_cuda import DeviceRows
@@ -155,7 +155,8 @@ def test_rows_on_a_device_travel_in_the_type_that_both_ends_agree_on(tmp_path, m
         harness.exchange.submit(rows)
         harness.finish()
         assert torch.equal(rows.outputs(), torch.from_numpy(rows.expected()).bfloat16())
-    assert {c._dtype for c in harness.exchange._connections.values()} == {dtype}
+    slots = f"{SLOTS} slots of {SLOT_BYTES // (ITEM_BYTES[dtype] * HIDDEN)}" if shared else "no shared memory"
+    assert {c.terms for c in harness.exchange._connections.values()} == {f"{dtype} rows, {slots}"}
     harness.exchange.close()
     for server in servers:
         server.die()
