@@ -69,8 +69,9 @@ class StepCost:
         if decode_rows == 0:
             return limit
         decode = self.decode_seconds(decode_rows)
-        measured = decode is not None and self._prefill
-        step_tokens = decode / statistics.median(self._prefill) if measured else decode_rows  # a row is a row
+        step_tokens = float(decode_rows)  # before any data: a row is a row
+        if decode is not None and self._prefill:
+            step_tokens = decode / statistics.median(self._prefill)
         return min(max(int((CATCH_UP_SLOWDOWN - 1) * step_tokens), MIN_PREFILL_TOKENS), limit)
 
     def decode_seconds(self, rows: int) -> float | None:
