@@ -75,8 +75,10 @@ class Episode:
 
     @property
     def rerouted_s(self) -> float | None:
-        """Routers counted a lost dispatch as sent again; None where the status has no such counter."""
-        return self._first(lambda s: s.grown_since(self.before).get("rows_resent", 0) > 0)
+        """Routers counted rows as sent to another replica; None where the status has no such counter."""
+        return self._first(
+            lambda s: sum(s.grown_since(self.before).get(n, 0) for n in ("rows_resent", "hedged_rows")) > 0
+        )
 
     @property
     def replaced_s(self) -> float | None:
@@ -115,9 +117,15 @@ class Episode:
 
     @property
     def hit(self) -> bool | None:
-        """Whether a dispatch was outstanding at the dead server; None where the status does not tell."""
+        """Whether a dispatch was outstanding at the dead server; None where the status does not tell.
+
+        One that was late, and answered by a replica before the connection broke, counts as a hedge and not as lost: a
+        killed process gives its memory back before its sockets close.
+        """
         counted = self.counted()
-        return counted["dispatches_lost"] > 0 if "dispatches_lost" in counted else None
+        if "dispatches_lost" not in counted:
+            return None
+        return counted["dispatches_lost"] + counted.get("hedges", 0) > 0
 
     def _first(self, condition: Callable[[Status], bool]) -> float | None:
         return next((s.at_s - self.start_s for s in self.after if condition(s)), None)

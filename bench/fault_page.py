@@ -12,6 +12,8 @@ from statistics import median
 from string import Template
 from typing import Any
 
+from bench.fault_report import ROWS
+
 Figures = dict[str, Any]
 # Above this load average before the start somebody else was at work.
 BUSY = 0.7
@@ -20,7 +22,7 @@ BUSY_NOTE = (
     "The counts of tokens hold.**"
 )
 TOKENS = ("dead", "requests", "tokens", "lost", "duplicated", "changed", "other digests", "renormalised", "errors",
-          "rows lost / resent")  # fmt: skip
+          "rows lost / resent / hedged")  # fmt: skip
 STEPS = ("dead", "detected", "next token", "reloaded", "redundant", "caught up")
 GAPS = ("dead", "affected", "p50", "p99", "max", "unaffected", "p50", "p99", "max", "longest without a fault")
 RATES = ("dead", "before", "during", "after", "during: gap p50 ms", "p99", "max")
@@ -57,9 +59,10 @@ def _machine(result: Figures) -> str:
 def _one_dead(case: Figures, servers: int) -> str:
     token, calm, rates, rows = case["next_token_ms"], case["calm_gap_ms"], case["tokens_per_s"], case["counters"]
     redundant = _median_worst(f["redundant_s"] for f in case["faults"])
+    again = rows.get("rows_resent", 0) + rows.get("hedged_rows", 0)
     return (
         "Nothing is redistributed at that moment: each expert of the dead server has a replica, which gets the rows "
-        f"that were on their way. One of {servers} dead, {len(case['faults'])} times: {rows.get('rows_resent', 0)} "
+        f"that were on their way. One of {servers} dead, {len(case['faults'])} times: {again} "
         f"rows were sent again, {rows.get('tokens_recomputed', 0)} tokens computed again. A stream had its next token "
         f"{_ms(token['p50'])} ms after the kill (median; worst {_ms(token['max'])}); without a failure its tokens are "
         f"{_ms(calm['p50'])} ms apart (median; longest {_ms(calm['max'])}). What is paid is paid later: a new process "
@@ -89,7 +92,7 @@ def _tokens(c: Figures) -> list[Any]:
     a, rows = c["account"], c["counters"]
     digests = a["changed_digests"] + a["missing_digests"]
     row = [a[n] for n in ("requests", "tokens", "lost", "duplicated", "changed")]
-    resent = f"{rows.get('rows_lost', '-')} / {rows.get('rows_resent', '-')}"
+    resent = " / ".join(str(rows.get(name, "-")) for name in ROWS)
     return [c["name"], *row, digests, rows.get("tokens_renormalized", "-"), a["errors"], resent]
 
 

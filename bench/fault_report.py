@@ -74,6 +74,9 @@ def account(run: Run) -> Account:
     return total(compare(reference, Output.of(e), e.error) for reference, e in observed)
 
 
+ROWS = ("rows_lost", "rows_resent", "hedged_rows")
+
+
 def only_resent(counters: Mapping[str, int]) -> bool:
     """Whether all that was lost was sent again and nothing was computed twice, as far as the counters tell."""
     restarted = counters.get("forwards_restarted", 0) + counters.get("tokens_recomputed", 0)
@@ -178,12 +181,14 @@ def markdown(result: dict[str, Any]) -> str:
         shown = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in sorted(result["counters"].items()))
         lines += [f"Counted by the routers meanwhile: {shown}.", ""]
     lines += [
-        "| fault | killed | hit | " + " | ".join(c.replace("_", " ") for c in _COLUMNS) + " | rows lost / resent |",
+        "| fault | killed | hit | "
+        + " | ".join(c.replace("_", " ") for c in _COLUMNS)
+        + " | rows lost / resent / hedged |",
         "|---" * (len(_COLUMNS) + 4) + "|",
     ]
     for number, fault in enumerate(result["faults"], 1):
         killed = ", ".join(k["id"] for k in fault["killed"])
-        rows = f"{fault['counters'].get('rows_lost', '-')} / {fault['counters'].get('rows_resent', '-')}"
+        rows = " / ".join(str(fault["counters"].get(name, "-")) for name in ROWS)
         cells = [
             number,
             killed,

@@ -63,7 +63,7 @@ class Config:
     expert_server_args: str = option("", "further flags of each expert server")
     router_args: str = option("", "further flags of each router")
     gateway_args: str = option("", "further flags of the gateway")
-    rejoin_grace_s: float = option(2.0, "seconds that a dead server's experts wait for it before others load them")
+    rejoin_grace_s: float = option(5.0, "seconds that a dead server's experts wait for it before others load them")
     max_restart_delay_s: float = option(10.0, "longest delay before a process that keeps dying is started again")
     drain_timeout_s: float = option(30.0, "at a stop, how long each kind of process may take before it is killed")
 

@@ -40,21 +40,27 @@ def write_checkpoint(
     fused: bool = False,
     dtype: str = "F16",
     max_positions: int = 4096,
+    hot: bool = False,
     config: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint of `family` ("mixtral" or "qwen3_moe") into the directory `path`, and return it.
 
     `fused` writes the 3-D expert tensors of transformers 5, `dtype` is F16, BF16 or F32, `config` overrides entries
-    of `config.json`. Equal arguments give equal files.
+    of `config.json`. With `hot` every token chooses expert 0 of every layer. Equal arguments give equal files.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     tensors = _dense_tensors(rng, family, layers, hidden, heads * head_dim, kv_heads * head_dim, head_dim, vocab)
+    if hot:
+        tensors["model.embed_tokens.weight"] += 3  # what all tokens have in common, and expert 0 looks for
     for layer in range(layers):
         gate_up = rng.standard_normal((experts, 2 * intermediate, hidden)) * 2 / np.sqrt(hidden)
         down = rng.standard_normal((experts, hidden, intermediate)) * 2 / np.sqrt(intermediate)
         gate = rng.standard_normal((experts, hidden)) * 2 / np.sqrt(hidden)
+        if hot:
+            gate -= gate.mean(axis=1, keepdims=True)
+            gate[0] = 3
         tensors |= _expert_tensors(family, f"model.layers.{layer}", fused, gate_up, down, gate)
     _write_shards(path, tensors, shards, dtype)
     _write_tokenizer(path, vocab)
