@@ -31,7 +31,7 @@ class Config:
     load_threads: int = option(1, "experts read and hashed at once while loading; more than 1 needs cores to spare")
     load_share: float = option(
         0.0,
-        "share of a core that loading may take beside traffic, up to 1; 0: three hundredths of the cores, at most a half",
+        "share of a core that loading may take beside traffic, up to 1; 0: 0.03 for each core, at most 0.5",
     )
     load_mb_per_s: float = option(0.0, "limit of reading from the checkpoint, but for orphans; 0: none")
     nice: bool = option(True, "start at low priority until online, so that joining does not slow the others")
