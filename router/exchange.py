@@ -273,13 +273,11 @@ class Exchange:
         copied: list[tuple[Connection, Frames, ExpertRows]] = []  # by a GPU, which takes its time
         for i in instructions:
             if isinstance(i, Send):
-                # A failed send needs no answer here: the connection is lost, which will bring the dispatch back.
-                connection, rows = (
-                    self._connections[i.dispatch.server],
-                    self._micro_batches[i.dispatch.work].expert_rows,
-                )
-                frames = connection.pack(i.dispatch, rows)
+                d = i.dispatch
+                connection, rows = self._connections[d.server], self._micro_batches[d.work].expert_rows
+                frames = connection.pack(d, rows)
                 if rows.at_once:
+                    # A failed send needs no answer here: the connection is lost, which will bring the dispatch back.
                     connection.send(frames)
                 else:
                     copied.append((connection, frames, rows))
