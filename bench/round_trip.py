@@ -2,7 +2,8 @@
 
 Ours: `router.exchange.Exchange` to the expert server of a running cluster, from `submit` until the rows are in place.
 Raw: a DEALER that blocks on a ROUTER in another process, frames of the same sizes, the same kind of endpoint. Both in
-turn, in blocks. What the server says that it computed is taken off ours, trip by trip.
+turn, in blocks. What the server says that it computed is taken off ours, trip by trip. With ``--endpoint frames`` rows
+travel in frames over tcp, as between machines, not in shared memory. With ``--key`` ours are encrypted, and raw is not.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from bench.cluster import serving
 from bench.command import Figures, checkpoint_path, run_bench, verdict
 from bench.report import quantile
 from bench.round_trip_ends import Batch, Ours, Raw, echo, frame_bytes
+from moering import transport
 from moering.checkpoint import Checkpoint
+from moering.cluster_key import ClusterKey
 from moering.config import option
 from moering.status import fetch
 
 BAR = 2.0
+TCP = "tcp://127.0.0.1:*"
 WARM_UP = 30
 ONE_SERVER = ("--expert-servers", "1", "--replication", "1")
 
@@ -33,7 +37,8 @@ class Config:
     """One dispatch round trip against the raw zmq round trip of the same bytes."""
 
     model: str = option("default", "checkpoint directory, or 'default'")
-    endpoint: str = option("ipc", "kind of endpoint", choices=("ipc", "tcp"))
+    endpoint: str = option("ipc", "kind of endpoint", choices=("ipc", "tcp", "frames"))
+    key: str = option("", "file with a cluster key, of `moering keygen`")
     rows: tuple[str, ...] = option(("1", "8", "32"), "rows of a dispatch, separated by commas")
     rounds: int = option(10, "rounds, each a block of both")
     block: int = option(100, "round trips of a block")
@@ -53,8 +58,11 @@ class Times:
 async def run(config: Config) -> Figures:
     """Measure on a cluster with one expert server."""
     flags = list(ONE_SERVER)
-    if config.endpoint == "tcp":
-        flags.append("--expert-server-args=--bind tcp://127.0.0.1:*")
+    if config.endpoint != "ipc":
+        flags.append(f"--expert-server-args=--bind {TCP}")
+    if config.key:
+        flags += ["--key", config.key]
+        transport.use_key(ClusterKey.read(config.key))
     checkpoint = Checkpoint(checkpoint_path(config.model))
     with contextlib.closing(checkpoint):
         async with serving(config.model, Path(config.out, "cluster.log"), flags, config.ready_timeout) as url:
@@ -63,9 +71,11 @@ async def run(config: Config) -> Figures:
 
 def _measure(config: Config, checkpoint: Checkpoint, url: str) -> Figures:
     server = next(p for p in fetch(url)["processes"] if p["kind"] == "expert-server")
+    if config.endpoint == "frames":  # an address of this machine that does not look like one
+        server["address"] = server["address"].replace("127.0.0.1", "0.0.0.0")
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory())
-        endpoint = {"ipc": f"ipc://{directory}/echo", "tcp": "tcp://127.0.0.1:*"}[config.endpoint]
+        endpoint = f"ipc://{directory}/echo" if config.endpoint == "ipc" else TCP
         raw = stack.enter_context(contextlib.closing(Raw(stack.enter_context(echo(endpoint)))))
         ours = stack.enter_context(contextlib.closing(Ours(checkpoint, server)))
         rows = [int(n) for n in config.rows]

@@ -6,6 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 
+from moering.cluster_key import KEY_HELP
 from moering.config import option
 from moering.errors import ConfigError
 from moering.leader import EMBEDDED, MEMBERSHIP_HELP
@@ -36,7 +37,8 @@ class Config:
     load_mb_per_s: float = option(0.0, "limit of reading from the checkpoint, but for orphans; 0: none")
     nice: bool = option(True, "start at low priority until online, so that joining does not slow the others")
     drain_timeout_s: float = option(30.0, "after SIGTERM, how long others may take to load what is here")
-    insecure: bool = option(False, "allow --bind on an address that other machines reach, without encryption")
+    key: str = option("", KEY_HELP)
+    insecure: bool = option(False, "allow --bind on an address that other machines reach without a key")
 
     def __post_init__(self) -> None:
         if not 0 <= self.load_share <= 1 or self.load_mb_per_s < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
+from moering.cluster_key import KEY_HELP
 from moering.config import option
 from moering.leader import EMBEDDED, MEMBERSHIP_HELP
 
@@ -18,6 +19,7 @@ class Config:
     join: str = option("tcp://127.0.0.1:7000", "address of the coordinator")
     membership: str = option(EMBEDDED, MEMBERSHIP_HELP)
     id: str = option("", "name that stays over restarts; default: gateway- and the host name")
+    key: str = option("", KEY_HELP)
     zone: str = option("", "failure domain of this process")
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "TCP port to listen on; 0 lets the system choose")

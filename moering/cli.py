@@ -22,6 +22,7 @@ COMMANDS = {
     "scale": ("moering.operate", "change the number of expert servers or routers, under load"),
     "drain": ("moering.operate", "empty a process, which then exits, under load"),
     "restart": ("moering.operate", "restart every process, one after the other, under load"),
+    "keygen": ("moering.keygen", "make the key that protects a cluster of several machines"),
     "chat": ("moering.chat", "talk to a model in the terminal"),
 }
 

@@ -42,6 +42,7 @@ class Commands:
         }
         address = coordinator_address(run_directory)
         self._join = ["--membership", config.membership] if self._elected else ["--join", address]
+        self._key = ["--key", config.key] if config.key else []
 
     def initial(self) -> list[Command]:
         """What runs from the start, in this order."""
@@ -80,7 +81,8 @@ class Commands:
 
         def argv(start: int) -> list[str]:
             at = [] if kind == "gateway" else self._bind(server_id, start)
-            return [*command_line(kind), *read, *self._join, "--id", server_id, *at, *flags, *shlex.split(extra)]
+            own = [*self._join, *self._key, "--id", server_id]
+            return [*command_line(kind), *read, *own, *at, *flags, *shlex.split(extra)]
 
         inherits = kind == "gateway" and self._http_fd is not None
         fds = (self._http_fd,) if inherits and self._http_fd is not None else ()
@@ -93,7 +95,7 @@ class Commands:
         own = own if self._elected else ["--bind", self._join[1]]
         size = ["--expert-servers", str(config.expert_servers), "--replication", str(config.replication)]
         size += ["--rejoin-grace-s", str(config.rejoin_grace_s)]
-        return [*command_line("coordinator"), *own, *size, *shlex.split(config.coordinator_args)]
+        return [*command_line("coordinator"), *own, *self._key, *size, *shlex.split(config.coordinator_args)]
 
     def _bind(self, server_id: str, start: int) -> list[str]:
         config = self._config

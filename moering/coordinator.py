@@ -19,6 +19,7 @@ import zmq
 
 from moering import protocol, transport
 from moering.actions import Action, Probe, Rules, Send
+from moering.cluster_key import KEY_HELP
 from moering.config import option
 from moering.errors import ConfigError, ProtocolError
 from moering.event_feed import EventFeed
@@ -54,7 +55,8 @@ class Config:
     settle_s: float = option(15.0, "longest wait for --expert-servers, from the first one on")
     allow_inexact: bool = option(False, "admit expert servers whose results differ in the last bits")
     rebalance_s: float = option(60.0, "look so often whether experts' popularity calls for moves; 0: never")
-    insecure: bool = option(False, "bind addresses that other machines reach; there is no authentication yet")
+    key: str = option("", KEY_HELP)
+    insecure: bool = option(False, "allow --bind on an address that other machines reach without a key")
     advertise: str = option("", "host name that members use, where it is not the bound one")
 
     def __post_init__(self) -> None:

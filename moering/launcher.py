@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moering.checkpoint import Checkpoint
+from moering.cluster_key import KEY_HELP
 from moering.commands import Commands, coordinator_address
 from moering.config import option
 from moering.errors import ConfigError
@@ -51,7 +52,8 @@ class Config:
     membership: str = option(EMBEDDED, MEMBERSHIP_HELP)
     machine: str = option("", "with etcd: what all ids of this machine begin with (default: its host name)")
     listen: str = option("", "address where the cluster's other machines reach this one (default: Unix sockets only)")
-    insecure: bool = option(False, "allow --listen on an address that other machines reach, without encryption")
+    key: str = option("", KEY_HELP)
+    insecure: bool = option(False, "allow --listen on an address that other machines reach without a key")
     host: str = option("127.0.0.1", "address of the HTTP port")
     port: int = option(8000, "HTTP port")
     served_model_name: str = option("", "name in the API; `default` or the directory's name where not given")

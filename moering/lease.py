@@ -8,6 +8,7 @@ last view. Where coordinators are elected, it follows the elected one.
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import zmq
 
 from moering import protocol, transport
+from moering.cluster_key import REFUSALS, say_seldom
 from moering.errors import ProtocolError
 from moering.leader import Finder, Seat
 from moering.lease_session import LeaseSession
@@ -25,10 +27,12 @@ from moering.protocol import Lease, Register, View
 logger = logging.getLogger(__name__)
 
 RENEW_S = 1.0
+BROKEN_OFF = (errno.EPIPE, errno.ECONNRESET)
+"""How a coordinator with another cluster key ends a handshake. With one that stands still, a handshake times out."""
 
 
 class LeaseClient(threading.Thread):
-    """Keeps one process a member of the cluster.
+    """Keeps one process a member of the cluster. A coordinator with another cluster key is tried again and again.
 
     `register` and `lease` return the message as of now; `on_view` gets each newer view and `on_refused` a refusal for
     good, `on_message` what else the coordinator says, all on this thread. `renew` may be called from any thread when
@@ -82,19 +86,27 @@ class LeaseClient(threading.Thread):
         self._coordinator.close()
 
     def _serve(self, seat: Seat, poller: zmq.Poller) -> None:
-        """Be a member with the coordinator in `seat`, until there is another one or the end."""
+        """Be a member with the coordinator in `seat`, until there is another one, or it refuses the handshake, or the
+        end."""
         self._session.begin()
         socket = transport.make_socket(zmq.DEALER, reconnect=True)
-        poller.register(socket, zmq.POLLIN)
+        watch = transport.watch_handshakes(socket)
+        for each in (socket, watch):
+            poller.register(each, zmq.POLLIN)
         try:
             self._connect(socket, seat)
             while not self._stopping.is_set() and self._coordinator.seat == seat:
                 self._send(socket, self._session.renewal())
-                self._wait(poller, socket)
+                if not self._wait(poller, socket, watch):
+                    self._stopping.wait(RENEW_S)
+                    break
             if self._stopping.is_set():
                 self._send(socket, self._session.waiting())
         finally:
-            poller.unregister(socket)
+            for each in (socket, watch):
+                poller.unregister(each)
+            socket.disable_monitor()
+            watch.close()
             socket.close(200)  # linger: a Leave should still go out
 
     def _connect(self, socket: Any, seat: Seat) -> None:
@@ -109,17 +121,29 @@ class LeaseClient(threading.Thread):
         for message in messages:
             transport.try_send(socket, [protocol.encode(message)])
 
-    def _wait(self, poller: zmq.Poller, socket: Any) -> None:
-        """Handle messages until it is time to renew or somebody calls `renew`."""
+    def _wait(self, poller: zmq.Poller, socket: Any, watch: zmq.Socket[bytes]) -> bool:
+        """Handle messages until it is time to renew or somebody calls `renew`. False when the socket is of no use any
+        more: after a refused handshake libzmq does not connect it again."""
         until = time.monotonic() + RENEW_S
         while (left := until - time.monotonic()) > 0 and not self._stopping.is_set():
             ready = dict(poller.poll(int(left * 1000) + 1))
             if self._wakeup.fd in ready:
                 self._wakeup.clear()
-                return
+                return True
+            if watch in ready and self._refused(socket, watch):
+                return False
             while (frames := transport.try_receive(socket)) is not None:
                 if self._handle(frames):
-                    return
+                    return True
+        return True
+
+    def _refused(self, socket: Any, watch: zmq.Socket[bytes]) -> bool:
+        events = list(iter(lambda: transport.read_event(watch), None))
+        broken_off = any(e.kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and e.value in BROKEN_OFF for e in events)
+        if broken_off and transport.has_key():
+            address = socket.last_endpoint.decode()
+            say_seldom(f"no handshake with the coordinator at {address}: has it another cluster key? (--key)")
+        return any(event.kind & REFUSALS for event in events)
 
     def _handle(self, frames: list[bytes]) -> bool:
         """Act on one message; True when the answer should not wait for the next renewal."""

@@ -51,7 +51,7 @@ def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Se
 
     A `ConfigError` is one line on stderr and status 2, any other `MoeringError` one line and status 1; other
     exceptions, in whatever thread, are bugs and end the process with their traceback. Log lines carry the config's
-    ``id`` where it has one, else `kind`.
+    ``id`` where it has one, else `kind`. The file that its ``key`` names, where it has one, protects all zmq sockets.
     """
     watch_launcher()
     prog = f"moering {kind}"
@@ -59,6 +59,7 @@ def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Se
     try:
         config = parse(config_class, sys.argv[1:] if argv is None else argv, prog=prog)
         set_up_logging(getattr(config, "id", None) or kind)
+        _use_key(getattr(config, "key", ""))
         return run(config)
     except MoeringError as e:
         print(f"{prog}: {e}", file=sys.stderr, flush=True)
@@ -67,6 +68,14 @@ def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Se
         return 128 + signal.SIGINT
     finally:
         threading.excepthook = before
+
+
+def _use_key(path: str) -> None:
+    if path:
+        from moering import transport  # only here: commands that speak HTTP need no zmq
+        from moering.cluster_key import ClusterKey
+
+        transport.use_key(ClusterKey.read(path))
 
 
 def _end_with_thread(args: threading.ExceptHookArgs) -> None:

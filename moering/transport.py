@@ -1,5 +1,8 @@
 """Every zmq socket of a process is made here, with every option set, because libzmq's defaults hurt.
 
+The cluster key (`use_key`) protects all of them. It belongs to the process, as the one context does: a socket that was
+made without it would be a hole.
+
 Left alone, a socket lingers at exit, reconnects for ever and delivers what was queued for a dead process to its
 successor, `zmq.ROUTER` drops silently, a frame may be of any size, and a name is resolved in the I/O thread that all
 sockets share.
@@ -12,12 +15,13 @@ import socket as sockets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from moering.cluster_key import REFUSALS, ClusterKey, log_refusals, say_refusal
 from moering.errors import ConfigError
 from moering.protocol import MAX_FRAME_BYTES
 from moering.time_slice import short_slice
@@ -47,6 +51,20 @@ def context() -> zmq.Context[zmq.Socket[bytes]]:
     return zmq.Context.instance()
 
 
+class _Process:
+    key: ClusterKey | None = None
+
+
+def use_key(key: ClusterKey | None) -> None:
+    """Protect all sockets that this process makes from now on."""
+    _Process.key = key
+
+
+def has_key() -> bool:
+    """Whether sockets that are made now have a cluster key."""
+    return _Process.key is not None
+
+
 def start_io_thread() -> None:
     """Start the context's I/O thread, ready to take a core from a computation for the microseconds that it needs.
 
@@ -58,19 +76,16 @@ def start_io_thread() -> None:
 
 
 def make_socket(
-    kind: int,
-    heartbeat: Heartbeat = CONTROL,
-    *,
-    queue_messages: int = 1000,
-    reconnect: bool = False,
-    in_context: Any = None,
+    kind: int, heartbeat: Heartbeat = CONTROL, *, queue_messages: int = 1000, reconnect: bool = False
 ) -> Any:
-    """A socket with all options set. `in_context` takes a `zmq.asyncio.Context`.
+    """A socket with all options set: a `zmq.ROUTER` to listen, any other kind to connect.
 
     Without `reconnect` a lost connection stays lost: its owner opens a new socket for the new incarnation, so that
     nothing queued for a dead process reaches the next one at that address.
     """
-    s = (in_context or context()).socket(kind)
+    s: Any = context().socket(kind)
+    if _Process.key is not None:
+        _Process.key.protect(s, listening=kind == zmq.ROUTER)
     s.linger = 0
     s.sndhwm = s.rcvhwm = queue_messages
     s.maxmsgsize = MAX_FRAME_BYTES
@@ -87,15 +102,24 @@ def make_socket(
 
 
 def bind(socket: Any, endpoint: str, *, insecure: bool = False, advertise: str = "") -> str:
-    """Bind and return the address where peers connect. An address beyond this machine is refused unless `insecure`."""
-    if not insecure and not is_local(endpoint):
-        raise ConfigError(f"refusing to bind {endpoint}: it is reachable from other machines; --insecure allows it")
+    """Bind and return the address where peers connect.
+
+    An address beyond this machine is refused unless the socket has a cluster key, or `insecure` is given.
+    """
+    protected = socket.mechanism == zmq.CURVE
+    if not (protected or insecure or is_local(endpoint)):
+        raise ConfigError(
+            f"refusing to bind {endpoint}, which other machines reach, without a cluster key: "
+            "--key gives one (moering keygen makes it), --insecure does without"
+        )
     if endpoint.startswith("tcp://") and endpoint.count(":") == 1:
         endpoint += ":*"
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as e:
         raise ConfigError(f"cannot bind {endpoint}: {e}") from e
+    if protected:
+        log_refusals(socket)
     address = str(socket.last_endpoint.rstrip(b"\0").decode())
     if advertise and address.startswith("tcp://"):
         address = f"tcp://{advertise}:{address.rpartition(':')[2]}"
@@ -157,14 +181,29 @@ def watch_disconnects(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     Failed attempts to connect count as well.
     """
     lost = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED
-    lost |= zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    return socket.get_monitor_socket(lost)
+    return socket.get_monitor_socket(lost | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | REFUSALS)
 
 
-def read_event(monitor: zmq.Socket[bytes]) -> int | None:
-    """The next event of `watch_disconnects`, or None when none is waiting."""
+def watch_handshakes(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """A socket that becomes readable when a handshake of the connecting `socket` fails."""
+    return socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | REFUSALS)
+
+
+class Event(NamedTuple):
+    """What happened to a watched socket, as libzmq says it: a `zmq.Event`, and an errno or another detail."""
+
+    kind: int
+    value: int
+
+
+def read_event(monitor: zmq.Socket[bytes]) -> Event | None:
+    """The next event of a watched socket, or None when none is waiting. A refusal for want of the key is logged."""
     frames = try_receive(monitor)
-    return None if frames is None else int(parse_monitor_message(frames)["event"])
+    if frames is None:
+        return None
+    event = parse_monitor_message(frames)
+    say_refusal(event, keyed=has_key())
+    return Event(int(event["event"]), int(event["value"]))
 
 
 class Wakeup:

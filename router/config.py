@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
+from moering.cluster_key import KEY_HELP
 from moering.config import option
 from moering.leader import EMBEDDED, MEMBERSHIP_HELP
 
@@ -31,7 +32,8 @@ class Config:
     micro_batches: int = option(1, "micro-batches in flight: while one waits for experts another computes attention")
     missing_expert_timeout_s: float = option(30.0, "how long a request waits for an expert that no server has")
     drain_timeout_s: float = option(30.0, "how long a router that goes finishes its streams before it hands them over")
-    insecure: bool = option(False, "allow --bind on an address that other machines reach, without encryption")
+    key: str = option("", KEY_HELP)
+    insecure: bool = option(False, "allow --bind on an address that other machines reach without a key")
 
     @property
     def server_id(self) -> str:

@@ -82,7 +82,7 @@ class Connection:
 
     def lost(self) -> bool:
         """Whether the watch has anything to say: all that it watches for means that this connection is over."""
-        return transport.try_receive(self.watch) is not None
+        return transport.read_event(self.watch) is not None
 
     def receive(self) -> list[bytes] | None:
         """The next message, if one is waiting."""

@@ -37,9 +37,9 @@ def flags(service: str) -> tuple[str, list[str]]:
 def test_processes_understand_the_flags_they_are_given(service: str) -> None:
     kind, argv = flags(service)
     config = parse(config_class(kind), argv, environ={})
-    assert kind == service
+    assert kind == service and config.key == "/key/cluster.key"
     if hasattr(config, "bind"):
-        assert "0.0.0.0" in config.bind and config.insecure
+        assert "0.0.0.0" in config.bind and not config.insecure
 
 
 def test_members_find_the_coordinator_and_all_read_one_checkpoint() -> None:
@@ -51,8 +51,8 @@ def test_members_find_the_coordinator_and_all_read_one_checkpoint() -> None:
 
 def test_servers_cannot_write_the_checkpoint_and_come_back_when_they_die() -> None:
     for name, service in SERVICES.items():
-        if name != "model":
-            assert service["volumes"] == ["model:/model:ro"] and service["restart"] == "unless-stopped"
+        if name not in ("model", "key"):
+            assert service["volumes"] == ["model:/model:ro", "key:/key:ro"] and service["restart"] == "unless-stopped"
             assert service["init"] is True and service["healthcheck"]["test"]
 
 

@@ -18,9 +18,9 @@ CHUNK_BYTES = 1 << 16
 class Relay:
     """Listens on a port of 127.0.0.1 (`port`) and connects each caller to a port or a Unix socket's path."""
 
-    def __init__(self, target: Callable[[], int | str]) -> None:
-        """`target` is asked at each connection."""
-        self._target = target
+    def __init__(self, target: Callable[[], int | str], tap: Callable[[bytes], None] = lambda data: None) -> None:
+        """`target` is asked at each connection, and `tap` hears all that is sent."""
+        self._target, self._tap = target, tap
         self._loop = asyncio.new_event_loop()
         self.held = 0  # chunks and ends that met a cut
         self._pumps: set[asyncio.Task[None]] = set()
@@ -89,6 +89,7 @@ class Relay:
         with contextlib.suppress(OSError), contextlib.closing(sink):
             while True:
                 data = await source.read(CHUNK_BYTES)
+                self._tap(data)
                 self.held += not self._open[direction].is_set()
                 await self._open[direction].wait()
                 if not data:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from bench.etcd_nodes import binary
+from moering.cluster_key import ClusterKey
 from moering.errors import MoeringError
 from moering.http_client import get_json
 from moering.status import fetch
@@ -33,6 +34,7 @@ class Cluster:
     def __init__(self, network: Network, checkpoint: Path, directory: Path) -> None:
         self.network, self._checkpoint, self.directory = network, checkpoint, directory
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        ClusterKey.create(str(directory / "cluster.key"))
 
     def url(self, host: str) -> str:
         return f"http://{self.network.addresses[host]}:{PORT}"
@@ -43,7 +45,8 @@ class Cluster:
     def start(self, host: str) -> None:
         address = self.network.addresses[host]
         argv = [sys.executable, "-m", "moering", "serve", str(self._checkpoint), "--machine", host]
-        argv += ["--membership", f"etcd://{OWN_ADDRESS}:{ETCD_PORT}", "--listen", address, "--insecure"]
+        argv += ["--membership", f"etcd://{OWN_ADDRESS}:{ETCD_PORT}", "--listen", address]
+        argv += ["--key", str(self.directory / "cluster.key")]
         argv += ["--host", address, "--port", str(PORT), "--expert-servers", "2", "--zones", host]
         argv += ["--coordinator-args", "--expert-servers 4", "--max-restart-delay-s", "0"]
         argv += ["--expert-server-args=--no-nice", "--router-args", "--threads 1"]

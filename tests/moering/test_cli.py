@@ -81,7 +81,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in ([], ["--help"]):
         assert cli.main(argv) == 0
         assert {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")} == {
-            "serve", "status", "scale", "drain", "restart", "chat", "coordinator", "gateway", "router", "expert-server",
+            "serve", "status", "scale", "drain", "restart", "chat", "keygen",
+            "coordinator", "gateway", "router", "expert-server",
         }  # fmt: skip
 
 

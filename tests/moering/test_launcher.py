@@ -160,6 +160,10 @@ def test_where_coordinators_are_elected_each_machine_has_one_and_ids_of_its_own(
     assert argv(config, "m-coordinator") == ["moering.coordinator", *bind, *elect, "--id", "m-coordinator", *size]
     read = ["--checkpoint", "/models/m"]
     assert argv(config, "m-expert-0") == ["expert_server", *read, *elect, "--id", "m-expert-0", *bind]
+    keyed = Config(membership="etcd://h:1", machine="m", listen="10.0.0.5", key="/k")
+    for process in ids:
+        flags = argv(keyed, process)
+        assert flags[flags.index("--key") + 1] == "/k" and "--insecure" not in flags
     on_one_machine = Config(membership="etcd://h:1", machine="m")
     assert argv(on_one_machine, "m-router-0")[-2:] == ["--bind", "ipc:///run/r/m-router-0.0"]
 
