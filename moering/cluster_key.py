@@ -32,6 +32,8 @@ from moering.errors import ConfigError
 KEY_HELP = "file with the cluster key, of `moering keygen`: who has it is admitted, and all zmq traffic is encrypted"
 SAY_AGAIN_S = 60.0
 REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+FRAME_OVERHEAD_BYTES = 33
+"""What encryption adds to a frame: the command's name, a nonce, a checksum and the frame's flags."""
 _ZAP = "inproc://zeromq.zap.01"
 _FILE_BYTES = 1000  # more than any key file has
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from moering.cluster_key import REFUSALS, ClusterKey, log_refusals, say_refusal
+from moering.cluster_key import FRAME_OVERHEAD_BYTES, REFUSALS, ClusterKey, log_refusals, say_refusal
 from moering.errors import ConfigError
 from moering.protocol import MAX_FRAME_BYTES
 from moering.time_slice import short_slice
@@ -84,11 +84,12 @@ def make_socket(
     nothing queued for a dead process reaches the next one at that address.
     """
     s: Any = context().socket(kind)
+    s.maxmsgsize = MAX_FRAME_BYTES
     if _Process.key is not None:
         _Process.key.protect(s, listening=kind == zmq.ROUTER)
+        s.maxmsgsize += FRAME_OVERHEAD_BYTES
     s.linger = 0
     s.sndhwm = s.rcvhwm = queue_messages
-    s.maxmsgsize = MAX_FRAME_BYTES
     s.handshake_ivl = 2000
     s.heartbeat_ivl, s.heartbeat_timeout = heartbeat.interval_ms, heartbeat.timeout_ms
     s.heartbeat_ttl = heartbeat.timeout_ms

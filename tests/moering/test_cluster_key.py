@@ -144,6 +144,20 @@ def test_a_keyed_process_speaks_to_no_other_one(caplog: pytest.LogCaptureFixture
         assert not socket.poll(0)
 
 
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_frame_at_the_limit_passes_and_one_beyond_it_does_not(keyed: bool) -> None:
+    key = new_key() if keyed else None
+    with listening(key) as (socket, address), using(key), transport.make_socket(zmq.DEALER) as member:
+        socket.rcvtimeo = int(DEADLINE_S * 1000)
+        with transport.watch_disconnects(member) as watch:
+            transport.connect(member, address)
+            member.send(bytes(protocol.MAX_FRAME_BYTES))
+            assert len(socket.recv_multipart()[1]) == protocol.MAX_FRAME_BYTES
+            member.send(bytes(protocol.MAX_FRAME_BYTES + 1))
+            assert watch.poll(DEADLINE_S * 1000)
+            member.disable_monitor()
+
+
 def test_clusters_of_different_keys_in_one_process_keep_apart() -> None:
     one, two = new_key(), new_key()
     with listening(one) as (first, at_first), listening(two) as (second, at_second):
