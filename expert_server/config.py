@@ -32,7 +32,7 @@ class Config:
     load_threads: int = option(1, "experts read and hashed at once while loading; more than 1 needs cores to spare")
     load_share: float = option(
         0.0,
-        "share of a core that loading may take beside traffic, up to 1; 0: 0.03 for each core, at most 0.5",
+        "share of a core that loading may take beside traffic, up to 1; 0: 0.025 for each core, at most 0.5",
     )
     load_mb_per_s: float = option(0.0, "limit of reading from the checkpoint, but for orphans; 0: none")
     nice: bool = option(True, "start at low priority until online, so that joining does not slow the others")
@@ -48,7 +48,7 @@ class Config:
 
     def share_of_core(self) -> float:
         """What background loading may take of a core, in (0, 1]."""
-        return self.load_share or min(0.5, 0.03 * (os.cpu_count() or 1))
+        return self.load_share or min(0.5, 0.025 * (os.cpu_count() or 1))
 
     def expert_s(self, expert_bytes: int) -> float:
         """Seconds that an expert takes at least, by the limit of reading."""

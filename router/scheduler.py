@@ -2,7 +2,7 @@
 
 A step holds one token of every sequence that decodes, then pieces of prompts within the budget that `StepCost` allows.
 First come, first served, except that a long prompt shares with the next one instead of holding it up, and that streams
-which were interrupted (their router died, or they gave their blocks back) go first and at a faster pace: their clients
+which were interrupted (their router died, or they gave their blocks back) go first and in full steps: their clients
 wait in the middle of an answer. When blocks run out the newest sequence gives its own back and later computes its
 tokens again; since a row's bits depend on its sequence alone, nobody can tell.
 
@@ -140,8 +140,7 @@ class Scheduler:
         # Streams in flight count: what runs meanwhile holds them up just as well.
         decoding = sum(s.decodes for s in self.running)
         limit = max(self._max_num_batched_tokens - len(items), MIN_PREFILL_TOKENS)
-        tokens = self.cost.catch_up_tokens if self._catches_up() else self.cost.prefill_tokens
-        budget = tokens(decoding, limit)
+        budget = limit if self._catches_up() else self.cost.prefill_tokens(decoding, limit)
         items += self._prefills(budget if items else max(budget, MIN_PREFILL_TOKENS))
         return Batch(items) if items else None
 

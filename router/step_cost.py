@@ -8,13 +8,11 @@ from collections import deque
 WINDOW = 15  # samples kept of each kind: an order statistic of them shrugs off pauses and follows drift within seconds
 MIN_PREFILL_TOKENS = 4  # progress of prefill in a mixed step, whatever it costs
 MIN_SAMPLE_TOKENS = 16  # a shorter prefill-only step says more about fixed costs than about tokens
-CATCH_UP_SLOWDOWN = 5.0  # of the streams beside one that was interrupted and has to be computed again
 MAX_MIXED_RUN = 50  # then one step without prefill, or the decode time that all is compared with would be stale
 
 
 class StepCost:
-    """Bounds the prefill tokens of a step: with decodes present it should last at most `max_slowdown` × without, or
-    CATCH_UP_SLOWDOWN × where somebody waits in the middle of a stream.
+    """Bounds the prefill tokens of a step: with decodes present it should last at most `max_slowdown` × without.
 
     Model: seconds = decode(rows) + prefill tokens × per_token, where decode(rows) is the median of recent steps without
     prefill and per_token is the upper quartile of what recent mixed steps took beyond that. Measured in mixed steps,
@@ -60,19 +58,6 @@ class StepCost:
         if self._mixed_tokens:  # one step that happened to run fast must not open the gate
             affordable = min(affordable, 2 * max(self._mixed_tokens))
         return min(max(int(affordable), MIN_PREFILL_TOKENS), limit)
-
-    def catch_up_tokens(self, decode_rows: int, limit: int) -> int:
-        """The same for tokens of interrupted streams: enough that their clients wait little longer than without others.
-
-        MIN_PREFILL_TOKENS ≤ n ≤ limit. By what tokens cost in steps of prefill alone, which are as large.
-        """
-        if decode_rows == 0:
-            return limit
-        decode = self.decode_seconds(decode_rows)
-        step_tokens = float(decode_rows)  # before any data: a row is a row
-        if decode is not None and self._prefill:
-            step_tokens = decode / statistics.median(self._prefill)
-        return min(max(int((CATCH_UP_SLOWDOWN - 1) * step_tokens), MIN_PREFILL_TOKENS), limit)
 
     def decode_seconds(self, rows: int) -> float | None:
         """Expected seconds of a step of `rows` decodes alone; None before any such step.

@@ -41,7 +41,7 @@ def test_the_limit_of_bytes_holds_without_traffic_and_the_longer_rest_counts():
 
 
 def test_the_share_follows_the_cores_unless_it_is_given(monkeypatch):
-    for cores, share in ((2, 0.06), (4, 0.12), (64, 0.5)):
+    for cores, share in ((2, 0.05), (4, 0.1), (64, 0.5)):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         assert Config().share_of_core() == pytest.approx(share)
     assert Config(load_share=1.0).share_of_core() == 1.0

@@ -33,15 +33,6 @@ def test_a_short_prompt_alone_says_nothing_about_tokens():
     assert cost.prefill_tokens(8, LIMIT) == trained().prefill_tokens(8, LIMIT)
 
 
-def test_interrupted_streams_get_what_makes_a_step_five_times_as_long():
-    assert StepCost().catch_up_tokens(0, LIMIT) == LIMIT
-    assert StepCost().catch_up_tokens(8, LIMIT) == 4 * 8
-    cost = trained()
-    cost.record(0, 256, 256 * 0.0035)
-    assert cost.catch_up_tokens(8, LIMIT) == int(4 * 0.06 / 0.0035)
-    assert cost.catch_up_tokens(8, 10) == 10
-
-
 @pytest.mark.parametrize("token_seconds", [0.00002, 0.001, 0.0035])
 def test_mixed_steps_converge_to_the_target(token_seconds):
     cost = trained()
