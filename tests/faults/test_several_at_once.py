@@ -33,7 +33,10 @@ def whole_scenario(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def scenario(whole_scenario: Scenario) -> Scenario:
-    whole_scenario.cluster.wait_settled()
+    """At rest: no expert is anywhere but where the plan wants it, so that killing its holders makes an orphan."""
+    cluster = whole_scenario.cluster
+    cluster.wait_settled()
+    wait_for("no third replicas", lambda: all(len(row) == 2 for row in holders(cluster)))
     return whole_scenario
 
 
