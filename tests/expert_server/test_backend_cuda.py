@@ -76,6 +76,22 @@ def test_rows_in_bf16_give_the_bits_that_float32_frames_carry(backend, checkpoin
     assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16).float(), torch.from_numpy(wide))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+def test_a_call_returns_when_the_gpu_has_done_with_its_rows(backend, checkpoint, monkeypatch, dtype):
+    """The answer is sent then, and the slot that held the rows is used again."""
+    loaded, waits, current = [backend.load(checkpoint.expert(0, 0))], [], torch.cuda.current_stream
+
+    def synchronize():
+        waits.append(1)
+        if DEVICE == "cuda":
+            current().synchronize()
+
+    monkeypatch.setattr(backend._workspace, "_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *args: SimpleNamespace(synchronize=synchronize))
+    backend.compute(np.zeros((1, HIDDEN), dtype), None, [1], loaded, np.zeros((1, HIDDEN), dtype))
+    assert waits == [1]
+
+
 def test_whole_messages_fit_into_a_slot_and_a_frame(backend, monkeypatch):
     monkeypatch.setattr(module, "CALL_PAIRS", 1024)
     for hidden in (2048, 4096, 7168):

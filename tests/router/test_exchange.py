@@ -15,6 +15,7 @@ from moering import protocol, transport
 from moering.expert_frames import INLINE, ITEM_BYTES, Reply
 from moering.protocol import Hello, MemberInfo, View
 from moering.shared_rows import MAX_BYTES, SLOT_BYTES, SLOTS, Layout, SharedRows
+from router.connection import Connection
 from router.exchange import HANDSHAKE_S, Exchange
 from router.expert_rows import HostRows
 from router.expert_rows_cuda import DeviceRows
@@ -160,6 +161,45 @@ def test_rows_on_a_device_travel_in_the_type_that_both_ends_agree_on(tmp_path, m
     harness.exchange.close()
     for server in servers:
         server.die()
+
+
+class DeferredRows(HostRows):
+    """What is packed is there when somebody waits for it, as copies of a GPU are."""
+
+    at_once = False
+
+    def __init__(self, hidden, output, log):
+        super().__init__(hidden, output)
+        self._log, self._copies = log, []
+
+    def pack(self, d, out):
+        self._log.append("packed")
+        self._copies.append((d, out))
+        return len(d.experts), d.experts.astype(np.uint16).tobytes()
+
+    def settle(self):
+        self._log.append("settled")
+        for d, out in self._copies:
+            super().pack(d, out)
+
+
+def test_servers_hear_of_rows_when_all_copies_to_them_are_over(harness, servers, monkeypatch):
+    a, b = (s.serve() for s in servers)
+    harness.view(a, b)
+    harness.connected(a, b)
+    rows, log, send = Rows(IDS), [], Connection.send
+    deferred = DeferredRows(rows.hidden, rows.output, log)
+
+    def logged_send(self, frames):
+        log.append("sent")
+        return send(self, frames)
+
+    monkeypatch.setattr(Rows, "expert_rows", deferred)
+    monkeypatch.setattr(Connection, "send", logged_send)
+    harness.exchange.submit(rows)
+    assert log == ["packed", "packed", "settled", "sent", "sent"]
+    harness.finish()
+    assert (rows.output == rows.expected()).all()
 
 
 class DeviceRowsOf(Rows):
