@@ -66,6 +66,12 @@ class Node:
             self._process.wait()
 
     @property
+    def pid(self) -> int:
+        """Of the process that was started last."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def healthy(self) -> bool:
         """Whether it serves, with a quorum."""
         try:

@@ -1,7 +1,8 @@
 """A cluster whose processes carry fault agents, and what a test of the kill matrix asks of it.
 
 Three expert servers, two replicas of each expert, two routers, one gateway. Relays stand in front of expert-2, of
-router-0 and of the coordinator; expert-1 and router-1 bind the same address at each start.
+router-0 and of the coordinator; expert-1 and router-1 bind the same address at each start. In an `etcd_arena` all find
+the coordinator through etcd, which has a relay in front of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.etcd_nodes import EtcdNodes, running
 from moering.errors import MoeringError
+from moering.leader import EMBEDDED
 from tests.faults.hub import Hub
 from tests.faults.processes.agent import HUB
 from tests.faults.relay import Relay
@@ -27,11 +30,17 @@ RELAYED = {"expert server": "expert-2", "router": "router-0", "coordinator": "co
 BRISK = ("--max-restart-delay-s", "0", "--expert-server-args=--no-nice")
 """Restarts without a delay, and at normal priority: beside other work on a small machine the low one is none at all."""
 FLAGS = (*BRISK, "--routers", "2", "--rejoin-grace-s", "2", "--router-args", "--threads 1")
+MACHINE = "a"
+"""With etcd the ids of a machine's processes begin with its name. The tests leave that away."""
+ETCD_FLAGS = (*FLAGS, "--machine", MACHINE, "--coordinator-args", "--election-ttl-s 2")
 LAUNCHER = ("tests.faults.processes.launcher",)
 
 
 class Arena:
     """One such cluster, and the streams that are held against those of a run without failure."""
+
+    etcd: EtcdNodes  # only in an `etcd_arena`
+    membership = EMBEDDED
 
     def __init__(self, cluster: Cluster, hub: Hub, relays: dict[str, Relay], directory: Path) -> None:
         self.cluster, self.hub, self.relays, self.directory = cluster, hub, relays, directory
@@ -61,9 +70,12 @@ class Arena:
     def processes(self) -> dict[str, dict[str, Any]]:
         """All that are not OFFLINE, by id; empty while no gateway answers."""
         try:
-            return {p["id"]: p for p in self.cluster.status()["processes"] if p["state"] != "OFFLINE"}
+            return {self._id(p): p for p in self.cluster.status()["processes"] if p["state"] != "OFFLINE"}
         except MoeringError:
             return {}
+
+    def _id(self, process: dict[str, Any]) -> str:
+        return str(process["id"]).removeprefix(self.cluster.prefix)
 
     def process(self, server_id: str) -> dict[str, Any]:
         """One of them, once it is there."""
@@ -94,7 +106,7 @@ class Arena:
             status = self.cluster.status()
         except MoeringError:
             return False
-        online = {p["id"] for p in status["processes"] if p["state"] == "ONLINE"}
+        online = {self._id(p) for p in status["processes"] if p["state"] == "ONLINE"}
         return online == MEMBERS and status["failures_survivable"] == 1
 
 
@@ -103,7 +115,7 @@ def arena(checkpoint: Path, directory: Path, flags: Sequence[str] = FLAGS) -> It
     """Start one; nothing of it is left at the end."""
     with ExitStack() as stack:
         short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mo-", dir="/tmp")))
-        hub = stack.enter_context(closing(Hub(short)))
+        hub = stack.enter_context(closing(Hub(short, f"{MACHINE}-")))
         relays = {}
         for server_id in ("expert-2", "router-0"):
             port = free_port()
@@ -120,3 +132,13 @@ def arena(checkpoint: Path, directory: Path, flags: Sequence[str] = FLAGS) -> It
         environment = {HUB: hub.path, "PYTHONPATH": str(REPO), "XDG_RUNTIME_DIR": str(short)}
         cluster = stack.enter_context(serving(checkpoint, directory, flags, LAUNCHER, environment))
         yield Arena(cluster, hub, relays, directory)
+
+
+@contextmanager
+def etcd_arena(checkpoint: Path, directory: Path) -> Iterator[Arena]:
+    """One with an etcd of a single node; nothing of either is left at the end."""
+    with running(directory) as etcd, closing(Relay(partial(int, etcd.nodes[0].port))) as relay:
+        membership = f"etcd://127.0.0.1:{relay.port}"
+        with arena(checkpoint, directory, (*ETCD_FLAGS, "--membership", membership)) as made:
+            made.etcd, made.membership, made.relays["etcd"] = etcd, membership, relay
+            yield made

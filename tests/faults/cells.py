@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from tests.faults import etcd_away
 from tests.faults.arena import MEMBERS, Arena
 from tests.faults.injections import INJECTIONS, ends
 from tests.faults.matrix import Cell
@@ -32,16 +33,17 @@ def run(arena: Arena, cell: Cell) -> float:
 
 
 def _through(m: Moment) -> list[Stream]:
-    """The streams, with the fault in their middle; idle: they start after it."""
+    """The streams, with the fault in their middle; idle, or while somebody joins without etcd: they start after it."""
     streams = m.arena.streams() if m.cell.when in PHASES and m.spare is None else None
     with ExitStack() as stack:
         m.wait_reached(stack)
-        if m.spare is not None:
+        if m.spare is not None and m.cell.who != "etcd":
             streams = m.arena.streams()
-        pid = None if m.victim == "launcher" else m.arena.hub.pid(m.victim)
-        with INJECTIONS[m.cell.how](m):
+        pid = m.pid
+        inject = etcd_away.away if m.cell.who == "etcd" else INJECTIONS[m.cell.how]
+        with inject(m):
             if streams is None and m.victim == "gateway-0" and ends(m.cell):
-                wait_for("another gateway starts", lambda: m.arena.hub.pid(m.victim) != pid)
+                wait_for("another gateway starts", lambda: m.pid != pid)
                 m.arena.wait_online()
             return (streams or m.arena.streams()).finish()
 

@@ -58,8 +58,10 @@ class Gate:
 class Hub:
     """Where all agents of one cluster connect."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, prefix: str) -> None:
+        """`prefix`: what ids begin with on the wire and not here, where they do."""
         self.path = str(directory / "hub")
+        self._prefix = prefix
         self.settings: dict[str, dict[str, Any]] = defaultdict(dict)  # by server id, for its agent
         self.argv: dict[str, list[str]] = {}  # further flags by server id; they win over the launcher's
         self._peers: dict[str, Peer] = {}
@@ -130,7 +132,7 @@ class Hub:
     def _serve(self, stream: socket.socket) -> None:
         with stream, stream.makefile("rb") as lines, contextlib.suppress(OSError):
             hello = json.loads(lines.readline())
-            self._start(Peer(hello["hello"], hello["pid"], stream))
+            self._start(Peer(hello["hello"].removeprefix(self._prefix), hello["pid"], stream))
             for line in lines:
                 self._take(json.loads(line))
 

@@ -1,4 +1,4 @@
-"""The kill matrix as data: who × how × when, what of it cannot occur and why, and what waits for a part of the product.
+"""The kill matrix as data: who × how × when, and what of it cannot occur and why.
 
 `docs/fault-matrix.md` is generated from this table, `subset.txt` is the part that `make test` runs.
 """
@@ -41,7 +41,7 @@ HOW = {
     "cut both ways": "nothing arrives in either direction any more; then the network heals",
 }
 WHEN = {
-    "joining": "it has started and has not registered",
+    "joining": "it has started and has not registered; where it is not on the data path: an expert server has",
     "loading": "it is reading its weights",
     "idle": "no request is there",
     "prefill": "a prompt is being computed",
@@ -85,15 +85,10 @@ IMPOSSIBLE: tuple[Rule, ...] = (
     ("etcd", ANY, ("loading", "reply"), "etcd loads nothing of ours and answers nobody on the data path"),
 )  # fmt: skip
 
-WAITING: tuple[Rule, ...] = (
-    ("etcd", ANY, ANY, "see tests/membership_etcd for etcd's deaths; not with this table's moments yet"),
-)
-"""Cells that can occur and are not run yet, since the part of the product that they try is not there."""
 
-
-def reason(cell: Cell, rules: tuple[Rule, ...]) -> str | None:
-    """The first rule that a cell falls under, or None."""
-    for who, how, when, why in rules:
+def reason(cell: Cell) -> str | None:
+    """Why a cell cannot occur, by the first rule that it falls under; None if it can."""
+    for who, how, when, why in IMPOSSIBLE:
         if all(_matches(value, wanted) for value, wanted in zip(cell, (who, how, when), strict=True)):
             return why
     return None
@@ -104,5 +99,4 @@ def _matches(value: str, wanted: str | tuple[str, ...]) -> bool:
 
 
 ALL = tuple(Cell(*c) for c in product(WHO, HOW, WHEN))
-POSSIBLE = tuple(c for c in ALL if reason(c, IMPOSSIBLE) is None)
-RUN = tuple(c for c in POSSIBLE if reason(c, WAITING) is None)
+POSSIBLE = tuple(c for c in ALL if reason(c) is None)

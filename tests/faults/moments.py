@@ -37,7 +37,7 @@ class Moment:
     cell: Cell
     victim: str
     gate: Gate | None = None  # the victim's
-    observers: list[Gate] = field(default_factory=list)  # of others who hold the streams, or the spare
+    observers: list[Gate] = field(default_factory=list)  # of others who hold the streams, the spare, or a view
     spare: Spare | None = None
     other: str | None = None  # whose recovery, or drain, is under way
 
@@ -81,11 +81,16 @@ class Moment:
     @property
     def pid(self) -> int:
         """The victim's."""
+        if self.victim == "etcd":
+            return self.arena.etcd.nodes[0].pid
         return self.arena.cluster.launcher.pid if self.victim == "launcher" else self.arena.hub.pid(self.victim)
 
     def signal(self, number: int) -> None:
         """Send one to the victim."""
-        os.kill(self.pid, number)
+        if self.victim == "etcd":
+            self.arena.etcd.nodes[0].signal(number)  # killed, it has ended when this returns
+        else:
+            os.kill(self.pid, number)
 
     def release(self, *, late: bool = False) -> None:
         """Let those go on who are held; `late`: not the victim."""
@@ -99,17 +104,23 @@ def moment(arena: Arena, cell: Cell) -> Iterator[Moment]:
     """Prepare a cell: what has to be dead is dead, the gates are armed. At the end all are let go."""
     with ExitStack() as stack:
         m = Moment(arena, cell, _victim(cell))
-        if cell.when == "recovery":
-            _kill_another(m, stack)
-        if cell.when == "draining" and cell.who not in ("router", "gateway"):
+        if cell.who == "etcd" or (cell.when == "draining" and cell.who not in ("router", "gateway")):
             draining.wait_spread(arena)
+        if cell.when == "recovery":
+            if cell.who == "etcd":
+                _hold_view(m)
+            _kill_another(m, stack)
         if cell.when == "draining" and cell.who not in ON_THE_DATA_PATH:
             m.other = "expert-1"
-            stack.callback(draining.expert_server(arena, m.other))
+            load = draining.expert_server(arena, m.other)
+            stack.callback(load)
+            if cell.who == "etcd":
+                _hold_view(m)
+                load()
         if cell.how in WHILE_LOADING:
             _start_a_spare(m, stack, "loading")
         elif cell.when in ("joining", "loading"):
-            _start_a_spare(m, stack, cell.when)
+            _start_a_spare(m, stack, "asking" if cell.who == "etcd" else cell.when)
         elif cell.when in PHASES:
             _arm(m)
         stack.callback(m.release)
@@ -137,6 +148,11 @@ def _start_a_spare(m: Moment, stack: ExitStack, point: str) -> None:
         m.victim, m.gate = m.spare.server_id, gate
     else:
         m.observers.append(gate)
+
+
+def _hold_view(m: Moment) -> None:
+    """The coordinator is held with the next view that it decides in hand: etcd fails before it has that."""
+    m.observers.append(m.arena.hub.arm("coordinator", "publishing"))
 
 
 def _kill_another(m: Moment, stack: ExitStack) -> None:

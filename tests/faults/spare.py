@@ -30,7 +30,7 @@ def server_id_of(kind: str) -> str:
 
 @dataclass
 class Spare:
-    """The process, the relay through which it joins, and its own copy of the checkpoint."""
+    """The process, the relay through which it joins (without etcd), and its own copy of the checkpoint."""
 
     server_id: str
     process: subprocess.Popen[bytes]
@@ -65,7 +65,7 @@ def spare(arena: Arena, who: str) -> Iterator[Spare]:
         closing(Relay(lambda: arena.coordinator.removeprefix("ipc://"))) as relay,
         (arena.directory / f"{server_id}.log").open("ab") as log,
     ):
-        argv += ["--join", f"tcp://127.0.0.1:{relay.port}"]
+        argv += ["--join", f"tcp://127.0.0.1:{relay.port}", "--membership", arena.membership]
         process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, cwd=REPO, env=env)
         try:
             own = Spare(server_id, process, relay, checkpoint, arena.coordinator)

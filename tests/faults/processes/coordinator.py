@@ -1,7 +1,7 @@
 """`python -m moering.coordinator` with a fault agent.
 
 Points: *replying* with the answer to a member in hand that is not sent, *publishing* with a view in hand that is not
-sent to anybody.
+sent to anybody; those at etcd.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moering import transport
 from moering.actions import Send
 from moering.protocol import View
 from tests.faults.processes.agent import Agent
-from tests.faults.processes.wrapping import GARBAGE, start, wrap
+from tests.faults.processes.wrapping import GARBAGE, points_at_etcd, start, wrap
 
 
 def install(agent: Agent) -> None:
@@ -42,4 +42,5 @@ def _act(agent: Agent, go: Any, coordinator: Any, actions: Any) -> None:
 if __name__ == "__main__":
     agent = start("coordinator")
     install(agent)
+    points_at_etcd(agent)
     sys.exit(product.main())

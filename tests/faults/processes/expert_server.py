@@ -1,7 +1,8 @@
 """`python -m expert_server` with a fault agent.
 
 Points: *joining* before it registers, *loading* before each expert it reads, *received* with a dispatch in hand that is
-not computed, *row* for each row of its first layer, *replying* with a reply in hand that is not sent.
+not computed, *row* for each row of its first layer, *replying* with a reply in hand that is not sent; those
+at etcd.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from expert_server import __main__ as product
 from expert_server.service import Service
 from moering.expert_frames import Reply
 from tests.faults.processes.agent import Agent
-from tests.faults.processes.wrapping import GARBAGE, advertise_relay, start, wrap
+from tests.faults.processes.wrapping import GARBAGE, advertise_relay, points_at_etcd, start, wrap
 
 SLOWER = 10
 SLOW_AT_LEAST_S = 0.01
@@ -95,4 +96,5 @@ if __name__ == "__main__":
     agent = start()
     advertise_relay(agent)
     install(agent)
+    points_at_etcd(agent)
     sys.exit(product.main())

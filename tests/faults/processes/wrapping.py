@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moering import transport
+from moering.etcd import Etcd, EtcdError
 from tests.faults.processes.agent import Agent
 
 GARBAGE = b"\xc1\xff garbage"
@@ -45,6 +46,20 @@ def advertise_relay(agent: Agent) -> None:
         return str(relay)
 
     transport.bind = bind_behind_relay
+
+
+def points_at_etcd(agent: Agent) -> None:
+    """The points *asking*, before a call of `method`, and *missing*, when no answer has come."""
+
+    async def call(go: Any, method: str, request: Any) -> Any:
+        agent.hit("asking", method=method)
+        try:
+            return await go(method, request)
+        except EtcdError:
+            agent.hit("missing", method=method)
+            raise
+
+    wrap(Etcd, "_call", lambda go, etcd, *args: call(go, *args))
 
 
 def send_spoiled(action: str, send: Callable[[Sequence[Any]], Any], frames: list[Any]) -> Any:
