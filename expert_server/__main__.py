@@ -25,7 +25,6 @@ from expert_server.config import Config
 from expert_server.loader import Loader, targets
 from expert_server.memory import default_capacity, release_free_memory
 from expert_server.pace import Pace
-from expert_server.priority import at_low_priority
 from expert_server.read_ahead import ReadAhead
 from expert_server.residency import Key, Residency
 from expert_server.service import Service
@@ -35,6 +34,7 @@ from moering.drain import experts_are_elsewhere, nobody_needs, told_to_drain
 from moering.errors import ConfigError, HandshakeError, MoeringError
 from moering.leader import finder
 from moering.lease import LeaseClient
+from moering.priority import at_low_priority
 from moering.process import incarnation, install_signal_handlers, run_main
 from moering.protocol import Held, Lease, Leave, MemberInfo, Register, View
 

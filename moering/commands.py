@@ -66,7 +66,9 @@ class Commands:
         return self._member("expert-server", f"expert-{number}", flags, config.expert_server_args, number)
 
     def _router(self, number: int) -> Command:
-        return self._member("router", f"router-{number}", self._device, self._config.router_args, number)
+        # The successor of a dead router must not take the cores from those that go on with its streams.
+        nice = ["--nice"] if self._config.routers > 1 else []
+        return self._member("router", f"router-{number}", [*self._device, *nice], self._config.router_args, number)
 
     def _gateway(self, number: int) -> Command:
         config = self._config

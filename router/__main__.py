@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import zmq
@@ -20,6 +21,7 @@ from moering.drain import another_serves, told_to_drain
 from moering.errors import ConfigError, HandshakeError
 from moering.leader import finder
 from moering.lease import LeaseClient
+from moering.priority import at_low_priority
 from moering.process import incarnation, install_signal_handlers, run_main
 from moering.protocol import Hello, Lease, Leave, MemberInfo, Register, View
 from moering.shared_rows import MAX_SLOTS, SLOTS, Pin
@@ -57,7 +59,8 @@ class Router:
         frontend = Frontend(
             socket, self.id, self.incarnation, config.max_num_seqs, self.model, self.checkpoint.digest
         )  # fmt: skip
-        self.engine = build_engine(config, self.checkpoint, self.exchange, frontend, poller)
+        build = partial(build_engine, config, self.checkpoint, self.exchange, frontend, poller)
+        self.engine = at_low_priority(build) if config.nice else build()
         self.lease = LeaseClient(coordinator, self._register, self._lease, self._on_view, self._on_refused)
         self.state = "ONLINE"
         self._identity = MemberInfo(

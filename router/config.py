@@ -32,6 +32,7 @@ class Config:
     micro_batches: int = option(1, "micro-batches in flight: while one waits for experts another computes attention")
     missing_expert_timeout_s: float = option(30.0, "how long a request waits for an expert that no server has")
     drain_timeout_s: float = option(30.0, "how long a router that goes finishes its streams before it hands them over")
+    nice: bool = option(False, "start at low priority: others serve meanwhile")
     key: str = option("", KEY_HELP)
     insecure: bool = option(False, "allow --bind on an address that other machines reach without a key")
 

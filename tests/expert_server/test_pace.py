@@ -1,13 +1,11 @@
 """Rests between experts: by a share of the time while there is traffic, and by a limit of bytes at all times."""
 
 import os
-import threading
 
 import pytest
 
 from expert_server.config import Config
 from expert_server.pace import Pace
-from expert_server.priority import at_low_priority
 from moering.errors import ConfigError
 
 
@@ -56,20 +54,3 @@ def test_the_limit_of_bytes_becomes_seconds_an_expert():
 def test_impossible_limits_are_refused(wrong):
     with pytest.raises(ConfigError, match="load_share"):
         Config(**wrong)
-
-
-def test_low_priority_is_that_of_the_work_alone():
-    here = threading.get_ident()
-    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    def work():
-        return threading.get_ident(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    thread, nice = at_low_priority(work)
-    assert thread != here and nice == 19
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before < 19
-
-
-def test_an_error_at_low_priority_reaches_who_waits():
-    with pytest.raises(ZeroDivisionError):
-        at_low_priority(lambda: 1 // 0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -118,6 +119,8 @@ def test_each_process_gets_its_flags() -> None:
     assert argv(config, "expert-1") == ["expert_server", *join, *bind]
     bind = ["--id", "router-0", "--bind", "ipc:///run/r/router-0.0"]
     assert argv(config, "router-0") == ["router", *join, *bind, "--max-num-seqs", "4"]
+    pair = dataclasses.replace(config, routers=2)
+    assert argv(pair, "router-0") == ["router", *join, *bind, "--nice", "--max-num-seqs", "4"]
     http = ["--host", "127.0.0.1", "--port", "8123", "--served-model-name", "default"]
     assert argv(config, "gateway-0") == ["gateway", *join, "--id", "gateway-0", *http, "--queue=7"]
 
