@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moering.cluster_key import KEY_HELP
 from moering.config import option
+from moering.errors import ConfigError
 from moering.leader import EMBEDDED, MEMBERSHIP_HELP
 
 
@@ -35,6 +36,11 @@ class Config:
     admin_key: str = option("", "key of /admin and of scaling; without one only this machine may use them")
     admin_key_file: str = option("", "file with such keys, one a line")
     log_interval_s: float = option(10.0, "one log line with the load this often while there is load")
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` for what is no port."""
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
 
     @property
     def server_id(self) -> str:
