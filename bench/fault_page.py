@@ -12,7 +12,7 @@ from statistics import median
 from string import Template
 from typing import Any
 
-from bench.fault_report import ROWS
+from bench.fault_report import ROWS, rows_cell
 
 Figures = dict[str, Any]
 # Above this load average before the start somebody else was at work.
@@ -22,7 +22,7 @@ BUSY_NOTE = (
     "The counts of tokens hold.**"
 )
 TOKENS = ("dead", "requests", "tokens", "lost", "duplicated", "changed", "other digests", "renormalised", "errors",
-          "rows lost / resent / hedged")  # fmt: skip
+          ROWS)  # fmt: skip
 STEPS = ("dead", "detected", "next token", "reloaded", "redundant", "caught up")
 GAPS = ("dead", "affected", "p50", "p99", "max", "unaffected", "p50", "p99", "max", "longest without a fault")
 RATES = ("dead", "before", "during", "after", "during: gap p50 ms", "p99", "max")
@@ -92,8 +92,7 @@ def _tokens(c: Figures) -> list[Any]:
     a, rows = c["account"], c["counters"]
     digests = a["changed_digests"] + a["missing_digests"]
     row = [a[n] for n in ("requests", "tokens", "lost", "duplicated", "changed")]
-    resent = " / ".join(str(rows.get(name, "-")) for name in ROWS)
-    return [c["name"], *row, digests, rows.get("tokens_renormalized", "-"), a["errors"], resent]
+    return [c["name"], *row, digests, rows.get("tokens_renormalized", "-"), a["errors"], rows_cell(rows)]
 
 
 def _steps(c: Figures) -> list[Any]:

@@ -25,6 +25,7 @@ _COLUMNS = (
     "redundant_ms",
     "replaced_ms",
 )
+ROWS = "rows lost / resent / hedged"
 # Catching up after the last status of a recovery still belongs to the fault.
 SETTLE_S = 0.25
 
@@ -74,7 +75,9 @@ def account(run: Run) -> Account:
     return total(compare(reference, Output.of(e), e.error) for reference, e in observed)
 
 
-ROWS = ("rows_lost", "rows_resent", "hedged_rows")
+def rows_cell(counters: Mapping[str, int]) -> str:
+    """What stands under `ROWS`."""
+    return " / ".join(str(counters.get(name, "-")) for name in ("rows_lost", "rows_resent", "hedged_rows"))
 
 
 def only_resent(counters: Mapping[str, int]) -> bool:
@@ -181,20 +184,17 @@ def markdown(result: dict[str, Any]) -> str:
         shown = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in sorted(result["counters"].items()))
         lines += [f"Counted by the routers meanwhile: {shown}.", ""]
     lines += [
-        "| fault | killed | hit | "
-        + " | ".join(c.replace("_", " ") for c in _COLUMNS)
-        + " | rows lost / resent / hedged |",
+        f"| fault | killed | hit | {' | '.join(c.replace('_', ' ') for c in _COLUMNS)} | {ROWS} |",
         "|---" * (len(_COLUMNS) + 4) + "|",
     ]
     for number, fault in enumerate(result["faults"], 1):
         killed = ", ".join(k["id"] for k in fault["killed"])
-        rows = " / ".join(str(fault["counters"].get(name, "-")) for name in ROWS)
         cells = [
             number,
             killed,
             {True: "yes", False: "no", None: "?"}[fault["hit"]],
             *(fault[c] for c in _COLUMNS),
-            rows,
+            rows_cell(fault["counters"]),
         ]
         lines.append("| " + " | ".join("-" if c is None else str(c) for c in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 from tests.faults.scenario import in_the_middle
-from tests.integration.cluster import DEADLINE_S, Cluster, serving, wait_for
+from tests.integration.cluster import Cluster, samples, serving, wait_for
 from tests.integration.streams import Streams, bodies, check_equal
 from tests.tiny import write_checkpoint
 
@@ -40,7 +39,4 @@ def test_rows_of_a_hot_expert_are_shared_also_while_one_who_shares_dies(tmp_path
 
 def by_layer(cluster: Cluster, name: str) -> list[float]:
     """The samples of a gauge with labels."""
-    with socket.create_connection(("127.0.0.1", int(cluster.url.rpartition(":")[2])), DEADLINE_S) as s:
-        s.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        lines = s.makefile("rb").read().decode().splitlines()
-    return [float(line.split()[-1]) for line in lines if line.startswith(f"moering_{name}{{")]
+    return [value for sample, value in samples(cluster.url) if sample.startswith(f"moering_{name}{{")]

@@ -39,7 +39,7 @@ def test_both_holders_of_some_experts_die_at_once(scenario: Scenario) -> None:
 
     def fault(_: Streams) -> None:
         # Nobody tells the survivor what to load before rows wait: it might load these small experts first.
-        with stopped(cluster, "coordinator"):
+        with cluster.stopped("coordinator"):
             killed.extend(cluster.kill("expert-1", "expert-2"))
             wait_for("requests wait", lambda: cluster.logged("no live replica for rows") > waited)
         # Their common experts have no replica now: the survivor loads them and serves alone.
@@ -77,7 +77,7 @@ def test_a_server_that_pauses_shortly_is_routed_around_and_comes_back(scenario: 
     before = cluster.process("expert-1")
 
     def pause(streams: Streams) -> None:
-        with stopped(cluster, "expert-1"):
+        with cluster.stopped("expert-1"):
             streams.wait_tokens(FAULT_AT + 20)  # they go on while it stands still
 
     counted = cluster.counters()
@@ -141,16 +141,6 @@ def test_a_slow_server_is_passed_over_and_comes_back_when_it_is_fast(scenario: S
     after = cluster.process("expert-0")
     assert [after[k] for k in ("pid", "incarnation", "state")] == [before["pid"], before["incarnation"], "ONLINE"]
     assert not cluster.logged(f"(pid {before['pid']}) is OFFLINE"), "slowness alone evicts nobody"
-
-
-@contextmanager
-def stopped(cluster: Cluster, server_id: str) -> Iterator[None]:
-    """The process stands still meanwhile."""
-    cluster.kill(server_id, number=signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        cluster.kill(server_id, number=signal.SIGCONT)
 
 
 @contextmanager

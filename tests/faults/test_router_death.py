@@ -130,11 +130,8 @@ def test_a_stopped_router_that_wakes_up_beside_its_replacement(pair: Pair) -> No
     stopped = cluster.process("router-0")
 
     def stop(streams: Streams) -> None:
-        cluster.kill("router-0", number=signal.SIGSTOP)
-        try:
+        with cluster.stopped("router-0"):
             wait_for("its streams go on elsewhere", lambda: pair.failovers() > before)
-        finally:
-            cluster.kill("router-0", number=signal.SIGCONT)
 
     seen = pair.through(stop)
     wait_for("it aborts what it had", lambda: cluster.logged("of it are aborted") > aborted)

@@ -6,7 +6,6 @@ once are in `test_kill_matrix`, every number in `tests/moering/test_redundancy.p
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,12 +108,9 @@ def test_each_request_does_what_it_asked_for_while_an_expert_is_gone(scenario: S
     def fault(_: Streams) -> None:
         others = Streams(cluster.url, [*renormalizing, *failing])
         others.wait_tokens(5)
-        cluster.kill("coordinator", number=signal.SIGSTOP)
-        try:
+        with cluster.stopped("coordinator"):
             killed.extend(cluster.kill(*victims))
             seen = others.finish()
-        finally:
-            cluster.kill("coordinator", number=signal.SIGCONT)
         for stream in seen[:2]:
             assert (stream.ends, stream.done_lines) == (["length"], 1)
         assert sum(stream.renormalized for stream in seen[:2]) > 0

@@ -111,6 +111,15 @@ class Cluster:
             os.kill(victim["pid"], number)
         return victims
 
+    @contextmanager
+    def stopped(self, server_id: str) -> Iterator[None]:
+        """The process stands still meanwhile."""
+        self.kill(server_id, number=signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.kill(server_id, number=signal.SIGCONT)
+
     def wait_replaced(self, victims: Sequence[dict[str, Any]]) -> None:
         """Each has been started again, and the cluster is whole."""
         wait_for("the dead are back with new incarnations", lambda: all(map(self.is_replaced, victims)))
@@ -143,11 +152,16 @@ class Cluster:
 
 def metrics(url: str) -> dict[str, float]:
     """All samples without labels of the gateway at `url`."""
+    return {name: value for name, value in samples(url) if "{" not in name}
+
+
+def samples(url: str) -> list[tuple[str, float]]:
+    """All samples of the gateway at `url`, by their names with the labels."""
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), DEADLINE_S) as s:
         s.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         text = s.makefile("rb").read().decode()
-    lines = [line.split() for line in text.splitlines() if line.startswith("moering_") and "{" not in line]
-    return {name: float(value) for name, value in lines}
+    found = (line.rpartition(" ") for line in text.splitlines() if line.startswith("moering_"))
+    return [(name, float(value)) for name, _, value in found]
 
 
 BUSY = ("moering_router_requests_running", "moering_router_requests_waiting", "moering_router_forwards_in_flight")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,15 +67,22 @@ def reference(cluster: Cluster) -> list[Stream]:
     return Streams(cluster.url, bodies(2, 60)).finish()
 
 
-@pytest.fixture
-def running_streams(cluster: Cluster, reference: list[Stream]) -> Iterator[None]:
-    """Streams that run while the test does its worst, and afterwards have brought what they bring without it."""
+@contextmanager
+def undisturbed(cluster: Cluster, reference: list[Stream]) -> Iterator[None]:
+    """Streams run meanwhile and bring what they bring without it; nobody was restarted, or joined."""
     before = identities(cluster)
     streams = Streams(cluster.url, bodies(2, 60))
     streams.wait_tokens(5)
     yield
     check_equal(streams.finish(), reference)
     assert identities(cluster) == before
+
+
+@pytest.fixture
+def running_streams(cluster: Cluster, reference: list[Stream]) -> Iterator[None]:
+    """They run while the test does its worst."""
+    with undisturbed(cluster, reference):
+        yield
 
 
 def identities(cluster: Cluster) -> list[tuple[str, int, str]]:

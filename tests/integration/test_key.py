@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from moering.cluster_key import ClusterKey
 from moering.protocol import Hello
 from tests.integration.cluster import DEADLINE_S, REPO, Cluster, serving, wait_for
 from tests.integration.streams import Stream, Streams, bodies, check_equal
-from tests.integration.test_bad_frames import GARBAGE, PORTS, Peer, identities
+from tests.integration.test_bad_frames import GARBAGE, PORTS, Peer, undisturbed
 from tests.keys import new_key, using
 
 FLAGS = ("--max-restart-delay-s", "0", "--expert-server-args=--no-nice")
@@ -41,17 +40,6 @@ def keyed(checkpoint: Path, key_file: str, tmp_path_factory: pytest.TempPathFact
 def reference(cluster: Cluster) -> list[Stream]:
     """Of a cluster without a key."""
     return Streams(cluster.url, bodies(2, 60)).finish()
-
-
-@contextmanager
-def undisturbed(keyed: Cluster, reference: list[Stream]) -> Iterator[None]:
-    """Streams run meanwhile and bring what they should; nobody was restarted, or joined."""
-    before = identities(keyed)
-    streams = Streams(keyed.url, bodies(2, 60))
-    streams.wait_tokens(5)
-    yield
-    check_equal(streams.finish(), reference)
-    assert identities(keyed) == before
 
 
 def test_a_killed_expert_server_changes_no_token(keyed: Cluster, reference: list[Stream]) -> None:
