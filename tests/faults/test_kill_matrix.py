@@ -65,8 +65,10 @@ def test_the_only_router_dies(scenario: Scenario) -> None:
     cluster = scenario.cluster
     servers = [cluster.process(i)["incarnation"] for i in SERVERS]
     killed: list[dict[str, Any]] = []
+    forwards = cluster.counters()["forwards"]
     scenario.through(lambda _: killed.extend(cluster.kill("router-0")))
     cluster.wait_replaced(killed)
+    wait_for("the successor's own report", lambda: 0 < cluster.counters().get("forwards", 0) < forwards)
     assert [cluster.process(i)["incarnation"] for i in SERVERS] == servers
     counted = cluster.counters_after(0)
     assert counted["rows_lost"] == counted["rows_resent"] == counted["forwards_dropped"] == 0
