@@ -41,7 +41,14 @@ class Config:
     insecure: bool = option(False, "allow --bind on an address that other machines reach without a key")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.load_share <= 1 or self.load_mb_per_s < 0:
+        """Raises `ConfigError` for what a server cannot work with."""
+        for name in ("threads", "credit_rows", "load_threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("capacity", "drain_timeout_s"):
+            if not getattr(self, name) >= 0:  # nor is NaN
+                raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 <= self.load_share <= 1 or not self.load_mb_per_s >= 0:
             raise ConfigError("load_share must be from 0 to 1, and load_mb_per_s not negative")
         if self.host_replicas < 0 or (self.host_replicas and self.device != "cuda"):
             raise ConfigError("host_replicas are for --device cuda, and not negative")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_a_server_is_killed_while_it_drains(cluster: Cluster, scenario: Scenario
         operation = begin(cluster, "drain", id="expert-3")
         # It is told and may have left before the signal comes: both are ends that a drain may have.
         wait_phase(cluster, operation, "draining", "done")
-        if look(cluster, operation)["phase"] == "draining":
+        with suppress(StopIteration, FileNotFoundError, ProcessLookupError):
             cluster.kill("expert-3")
         done(cluster, operation)
     assert ids(cluster, "expert-server") == list(SERVERS)
@@ -83,10 +84,10 @@ def test_a_server_that_is_terminated_is_empty_when_it_goes(cluster: Cluster, sce
     cluster.wait_settled()
     dead = cluster.process("expert-2")
 
-    before = cluster.counters()["rows_lost"]
+    before, drained = cluster.counters()["rows_lost"], cluster.logged("draining: others load the")
     scenario.through(lambda _: cluster.kill("expert-2", number=signal.SIGTERM) and None)
     cluster.wait_replaced([dead])
-    assert cluster.logged("draining: others load the")
+    assert cluster.logged("draining: others load the") == drained + 1
     assert cluster.counters()["rows_lost"] == before
 
 

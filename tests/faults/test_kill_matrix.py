@@ -105,7 +105,9 @@ def test_a_server_that_stands_still_is_evicted_and_taken_back_with_what_it_holds
         return str(cluster.process("expert-2")["state"])
 
     def stand_still(_: Streams) -> None:
+        lost = cluster.counters()["servers_lost"]
         cluster.kill("expert-2", number=signal.SIGSTOP)
+        wait_for("the router misses it", lambda: cluster.counters()["servers_lost"] > lost)
 
     try:
         scenario.through_death_of_servers(stand_still, lost=1)

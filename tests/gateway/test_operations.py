@@ -177,10 +177,11 @@ def test_the_end_lets_running_streams_finish(model):
 def test_a_router_that_dies_during_the_end_does_not_end_its_streams(model):
     async def main():
         first, second = FakeRouter("r0", hold_at=3), FakeRouter("r1")
-        async with gateway(model, first, second) as g:
-            await g.until(lambda: g.services.pool.connected == 2)
+        async with gateway(model, first) as g:
             stream = asyncio.create_task(g.stream("/v1/completions", REQUEST))
             await in_thread(first.wait, lambda r: r.submits)
+            g.show_members([first.member(), second.member()])
+            await g.connected(2)
             asyncio.get_running_loop().call_later(0.1, first.kill)
         assert (await stream)[-1] == "[DONE]"
 

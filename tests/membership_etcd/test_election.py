@@ -114,10 +114,11 @@ def test_a_term_that_members_brought_counts_from_its_publication_on(
 
 
 def test_without_etcd_nobody_is_elected_and_with_it_again_somebody_is(
-    etcd: EtcdNodes, stand: Callable[[], Candidate]
+    etcd: EtcdNodes, stand: Callable[[], Candidate], caplog: pytest.LogCaptureFixture
 ) -> None:
     etcd.kill()
     candidate = stand()
+    wait_for("it has tried", lambda: "no coordinator can be elected" in caplog.text)
     assert candidate.election.take() == []
     etcd.start()
     assert candidate.next(Elected) == Elected(1, None)
