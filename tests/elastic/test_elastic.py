@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from moering.http_client import HttpError, get_json
-from tests.elastic.operations import begin, done, ids, look, streaming, wait_phase
+from tests.elastic.operations import begin, done, ids, streaming, wait_phase
 from tests.faults.scenario import STREAMS, TOKENS, Scenario
 from tests.integration.cluster import SERVERS, Cluster, wait_for
 
