@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 
 from moering.cluster_key import KEY_HELP
-from moering.config import option
+from moering.config import check_numbers, option
 from moering.errors import ConfigError
 from moering.leader import EMBEDDED, MEMBERSHIP_HELP
 
@@ -42,12 +42,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` for what a server cannot work with."""
-        for name in ("threads", "credit_rows", "load_threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("capacity", "drain_timeout_s"):
-            if not getattr(self, name) >= 0:  # nor is NaN
-                raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        check_numbers(
+            self, positive=("threads", "credit_rows", "load_threads"), not_negative=("capacity", "drain_timeout_s")
+        )
         if not 0 <= self.load_share <= 1 or not self.load_mb_per_s >= 0:
             raise ConfigError("load_share must be from 0 to 1, and load_mb_per_s not negative")
         if self.host_replicas < 0 or (self.host_replicas and self.device != "cuda"):

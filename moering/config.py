@@ -30,6 +30,16 @@ def option(default: Any, help: str, **extra: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **extra})
 
 
+def check_numbers(config: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` naming the first of these fields that is not a number of its kind."""
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
+    for name in not_negative:
+        if not getattr(config, name) >= 0:  # nor is NaN
+            raise ConfigError(f"{name} must be 0 or more, not {getattr(config, name)}")
+
+
 def parse(config: type[T], argv: Sequence[str], environ: Mapping[str, str] | None = None, prog: str = "moering") -> T:
     """Read `config` from flags, environment and file; raise `ConfigError` naming the offending key."""
     environ = os.environ if environ is None else environ

@@ -6,8 +6,7 @@ import socket
 from dataclasses import dataclass
 
 from moering.cluster_key import KEY_HELP
-from moering.config import option
-from moering.errors import ConfigError
+from moering.config import check_numbers, option
 from moering.leader import EMBEDDED, MEMBERSHIP_HELP
 
 
@@ -39,13 +38,11 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` for what a router cannot work with."""
-        positive = ("threads", "max_num_seqs", "max_num_batched_tokens", "kv_cache_mb", "micro_batches")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("max_model_len", "missing_expert_timeout_s", "drain_timeout_s"):
-            if not getattr(self, name) >= 0:  # nor is NaN
-                raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        check_numbers(
+            self,
+            positive=("threads", "max_num_seqs", "max_num_batched_tokens", "kv_cache_mb", "micro_batches"),
+            not_negative=("max_model_len", "missing_expert_timeout_s", "drain_timeout_s"),
+        )
 
     @property
     def server_id(self) -> str:
