@@ -60,7 +60,7 @@ class RouterPool:
             logger.info("router %s (incarnation %d) left the view", *key)
             self._keepers.pop(key).cancel()
             self._affinity.forget(key)
-            self._drop(key)
+            self._drop(key, "it left the view")
         for key, member in self._members.items():
             if key not in self._keepers:
                 keeper = asyncio.create_task(self._keep(key, member), name=f"router-{key[0]}")
@@ -244,7 +244,7 @@ class RouterPool:
         logger.error("the connection to router %s cannot be kept", key[0], exc_info=keeper.exception())
         if self._keepers.get(key) is keeper:
             del self._keepers[key]
-            self._drop(key)
+            self._drop(key, "an internal error")
         self.fail_stranded()
 
     async def _connect_once(self, key: Key, member: MemberInfo) -> tuple[Exception, bool]:
@@ -261,14 +261,14 @@ class RouterPool:
             return e, False
         self._links[key] = link
         reason = await link.lost
-        self._drop(key)
+        self._drop(key, reason)
         return reason, link.welcomed
 
     def _on_ready(self, link: RouterLink) -> None:
         logger.info("connected to router %s at %s", link.member.server_id, link.member.address)
         self._submit_held()
 
-    def _drop(self, key: Key) -> None:
+    def _drop(self, key: Key, why: object) -> None:
         """Close a link; its records go on elsewhere, or are held."""
         link = self._links.pop(key, None)
         if link is None:
@@ -281,6 +281,6 @@ class RouterPool:
         if link.welcomed:
             held = sum(record in self._held for record in orphans)
             logger.warning(
-                "router %s was lost with %d requests; %d go on elsewhere, %d wait for a router",
-                *(key[0], len(orphans), len(orphans) - held, held),
+                "router %s was lost: %s; of its %d requests %d go on elsewhere, %d wait for a router",
+                *(key[0], why, len(orphans), len(orphans) - held, held),
             )

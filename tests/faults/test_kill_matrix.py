@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from tests.faults.scenario import FAULT_AT, Scenario
+from tests.faults.scenario import Scenario
 from tests.integration.cluster import DEADLINE_S, SERVERS, Cluster, wait_for
 from tests.integration.streams import Streams
 
@@ -23,7 +23,7 @@ def test_expert_servers_die_one_after_the_other(scenario: Scenario) -> None:
     for victim in ("expert-0", "expert-1"):
         others = [cluster.process(i)["incarnation"] for i in SERVERS if i != victim]
         dead = cluster.process(victim)
-        scenario.through_death_of_servers(partial(_kill, cluster, victim), lost=1)
+        scenario.through_death_of_servers(partial(_kill, cluster, victim), [victim])
         cluster.wait_replaced([dead])
         assert [cluster.process(i)["incarnation"] for i in SERVERS if i != victim] == others
 
@@ -45,7 +45,7 @@ def test_both_holders_of_some_experts_die_at_once(scenario: Scenario) -> None:
         # Their common experts have no replica now: the survivor loads them and serves alone.
         wait_for("the survivor holds everything", lambda: cluster.process("expert-0")["experts"] == EXPERTS)
 
-    scenario.through_death_of_servers(fault, lost=2)
+    scenario.through_death_of_servers(fault, ["expert-1", "expert-2"])
     cluster.wait_replaced(killed)
     assert cluster.process("expert-0")["incarnation"] == survivor["incarnation"]
 
@@ -55,7 +55,7 @@ def test_a_coordinator_dies_and_then_an_expert_server(scenario: Scenario) -> Non
     others = [cluster.process(i)["incarnation"] for i in ("expert-0", "expert-1", "router-0", "gateway-0")]
     killed: list[dict[str, Any]] = []
     scenario.through_death_of_servers(
-        lambda _: killed.extend([*cluster.kill("coordinator"), *cluster.kill("expert-2")]), lost=1
+        lambda _: killed.extend([*cluster.kill("coordinator"), *cluster.kill("expert-2")]), ["expert-2"]
     )
     cluster.wait_replaced(killed)
     assert [cluster.process(i)["incarnation"] for i in ("expert-0", "expert-1", "router-0", "gateway-0")] == others
@@ -79,22 +79,21 @@ def test_a_server_that_pauses_shortly_is_routed_around_and_comes_back(scenario: 
     before = cluster.process("expert-1")
 
     def pause(streams: Streams) -> None:
-        with cluster.stopped("expert-1"):
-            streams.wait_tokens(FAULT_AT + 20)  # they go on while it stands still
+        # The coordinator, which evicts within seconds, stands still as well: it is the router that goes on without it.
+        with cluster.stopped("coordinator"), cluster.stopped("expert-1"):
+            streams.wait_tokens_more(20)
 
     counted = cluster.counters()
-    seen = scenario.through(pause)
+    scenario.through(pause)
     totals = cluster.counters_after(counted["forwards"])
     grown = {name: totals[name] - counted[name] for name in totals}
-    # Raced by a replica after 50 ms; given up after 350 ms, unless the streams were so fast that the pause was shorter.
+    # Raced by a replica after 50 ms; given up after 350 ms, unless the pause was shorter.
     assert grown["hedges"] + grown["servers_lost"] > 0
     assert grown["rows_resent"] == grown["rows_lost"]
     assert grown["forwards_dropped"] == grown["tokens_recomputed"] == 0
     after = cluster.process("expert-1")
     assert [after[k] for k in ("pid", "incarnation", "state")] == [before["pid"], before["incarnation"], "ONLINE"]
     assert not cluster.logged(f"(pid {before['pid']}) is OFFLINE"), "a suspicion of a second evicts nobody"
-    # About 350 ms by ZMTP heartbeats, and room for a busy machine; without them it would be the coordinator's seconds.
-    assert max(s.longest_gap_s for s in seen) < 2.5
 
 
 def test_a_server_that_stands_still_is_evicted_and_taken_back_with_what_it_holds(scenario: Scenario) -> None:
@@ -105,12 +104,12 @@ def test_a_server_that_stands_still_is_evicted_and_taken_back_with_what_it_holds
         return str(cluster.process("expert-2")["state"])
 
     def stand_still(_: Streams) -> None:
-        lost = cluster.counters()["servers_lost"]
+        lost = cluster.times_lost("expert-2")
         cluster.kill("expert-2", number=signal.SIGSTOP)
-        wait_for("the router misses it", lambda: cluster.counters()["servers_lost"] > lost)
+        wait_for("the router misses it", lambda: cluster.times_lost("expert-2") > lost)
 
     try:
-        scenario.through_death_of_servers(stand_still, lost=1)
+        scenario.through_death_of_servers(stand_still, ["expert-2"])
         wait_for("it is evicted", lambda: state() == "OFFLINE")
         wait_for("two replicas without it", lambda: cluster.status()["failures_survivable"] == 1)
     finally:
@@ -119,7 +118,7 @@ def test_a_server_that_stands_still_is_evicted_and_taken_back_with_what_it_holds
     cluster.wait_settled()
     after = cluster.process("expert-2")
     assert (after["pid"], after["incarnation"]) == (before["pid"], before["incarnation"])
-    scenario.through_death_of_servers(lambda _: None, lost=0)
+    scenario.through_death_of_servers(lambda _: None)
 
 
 def test_a_slow_server_is_passed_over_and_comes_back_when_it_is_fast(scenario: Scenario) -> None:

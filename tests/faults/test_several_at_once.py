@@ -66,7 +66,7 @@ def test_four_of_eight_at_once(scenario: Scenario) -> None:
     victims += [i for i in cluster.servers if i not in victims][:2]
     assert lost_with(placed, set(victims)) > 0
     killed: list[dict[str, Any]] = []
-    scenario.through_death_of_servers(lambda _: killed.extend(cluster.kill(*victims)), lost=4)
+    scenario.through_death_of_servers(lambda _: killed.extend(cluster.kill(*victims)), victims)
     cluster.wait_replaced(killed)
 
 
@@ -76,7 +76,7 @@ def test_a_zone_dies_and_no_expert_loses_its_last_replica(scenario: Scenario) ->
     assert lost_with(placed, set(ZONE_A)) == 0
     before = cluster.log.read_text(errors="replace")
     killed: list[dict[str, Any]] = []
-    scenario.through_death_of_servers(lambda _: killed.extend(cluster.kill(*ZONE_A)), lost=4)
+    scenario.through_death_of_servers(lambda _: killed.extend(cluster.kill(*ZONE_A)), ZONE_A)
     cluster.wait_replaced(killed)
     since = cluster.log.read_text(errors="replace")[len(before) :]
     assert PARKED not in since
@@ -85,19 +85,20 @@ def test_a_zone_dies_and_no_expert_loses_its_last_replica(scenario: Scenario) ->
 
 def test_a_third_dies_while_it_loads_what_two_have_left(scenario: Scenario) -> None:
     cluster, placed = scenario.cluster, holders(scenario.cluster)
-    first = sorted(placed[0])
-    assert lost_with(placed, set(first)) > 0
+    victims = sorted(placed[0])
+    assert lost_with(placed, set(victims)) > 0
     killed: list[dict[str, Any]] = []
 
     def fault(_: Streams) -> None:
         before = loads_of_orphans(cluster)
-        killed.extend(cluster.kill(*first))
+        killed.extend(cluster.kill(*victims))
         loader = wait_for("a survivor loads orphans", lambda: loads_of_orphans(cluster)[len(before) :])[0]
         # The gateway that is asked may get that view a moment after the loader.
         wait_for("not yet as before", lambda: cluster.status()["failures_survivable"] < 1)
         killed.extend(cluster.kill(loader))
+        victims.append(loader)
 
-    scenario.through_death_of_servers(fault, lost=3)
+    scenario.through_death_of_servers(fault, victims)
     cluster.wait_replaced(killed)
 
 

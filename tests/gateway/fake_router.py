@@ -82,7 +82,7 @@ class FakeRouter(threading.Thread):
             self._outbox.extend(messages)
         self._wakeup.set()
 
-    def wait(self, condition: Callable[["FakeRouter"], object], timeout_s: float = 10.0) -> None:
+    def wait(self, condition: Callable[["FakeRouter"], object], timeout_s: float = 60.0) -> None:
         """Wait until `condition(self)` holds."""
         with self._changed:
             assert self._changed.wait_for(lambda: condition(self), timeout_s), "the router waited in vain"

@@ -9,7 +9,7 @@ import pytest
 from gateway import router_link
 from moering.protocol import Failed, MemberInfo, RouterStats, Token, Tokens
 from tests.gateway.fake_router import FakeRouter, counts, token
-from tests.gateway.harness import gateway, in_thread, run
+from tests.gateway.harness import OwnClock, gateway, in_thread, pass_time, run
 
 REQUEST = {"prompt": [5, 6], "max_tokens": 12, "seed": 3, "return_token_ids": True}
 
@@ -305,14 +305,18 @@ def test_a_request_that_outlives_too_many_routers_is_ended(model):
 def test_the_deadline_ends_a_request_once(model):
     async def main():
         router = FakeRouter(hold_at=2)
-        async with gateway(model, router, request_timeout_s=0.3) as g:
-            *_, last = await g.stream("/v1/completions", REQUEST)
+        async with gateway(model, router, request_timeout_s=40.0) as g:
+            begun = asyncio.Event()
+            stream = asyncio.create_task(g.stream("/v1/completions", REQUEST, begun))
+            await begun.wait()
+            pass_time(40.0)
+            *_, last = await stream
             assert last["error"]["code"] == "timeout"
             await in_thread(router.wait, lambda r: r.aborts)
-            assert 0 < router.submits[0].deadline_s < 0.301
+            assert 0 < router.submits[0].deadline_s <= 40.0
             assert len(g.services.journal) == 0
 
-    run(main())
+    run(main(), OwnClock)
 
 
 def test_counts_depends_on_what_a_resume_must_keep():

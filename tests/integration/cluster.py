@@ -79,6 +79,10 @@ class Cluster:
         """How many lines of the log contain `text`."""
         return sum(text in line for line in self.log.read_text(errors="replace").splitlines())
 
+    def times_lost(self, expert_server: str) -> int:
+        """How often a router has lost its connection to this expert server."""
+        return self.logged(f" router.exchange: {self.prefix}{expert_server}: ")
+
     # --- what /admin/status shows ---
 
     def status(self) -> dict[str, Any]:

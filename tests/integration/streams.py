@@ -64,11 +64,20 @@ class Streams:
 
     def wait_tokens(self, each: int) -> None:
         """Until every stream has got so many tokens; none may have ended before."""
+        self._wait_tokens([each] * len(self.streams))
+
+    def wait_tokens_more(self, each: int) -> None:
+        """Until every stream has got so many tokens more than it has now; none may have ended before."""
+        self._wait_tokens([len(s.tokens) + each for s in self.streams])
+
+    def _wait_tokens(self, wanted: list[int]) -> None:
+        def reached() -> bool:
+            return all(len(s.tokens) >= n for s, n in zip(self.streams, wanted, strict=True))
+
         with self._changed:
-            assert self._changed.wait_for(
-                lambda: any(s.closed for s in self.streams) or all(len(s.tokens) >= each for s in self.streams),
-                DEADLINE_S,
-            ), [len(s.tokens) for s in self.streams]
+            assert self._changed.wait_for(lambda: any(s.closed for s in self.streams) or reached(), DEADLINE_S), (
+                f"{[len(s.tokens) for s in self.streams]} tokens, not {wanted}"
+            )
         assert not any(s.closed for s in self.streams), "too late: a stream has ended already"
 
     def finish(self) -> list[Stream]:

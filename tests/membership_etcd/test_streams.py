@@ -64,7 +64,7 @@ def test_the_leader_of_three_etcd_nodes_dies(scenario: Scenario, etcd: EtcdNodes
         cluster.kill("expert-1")  # what follows has to be published without that node
 
     dead = cluster.process("expert-1")
-    scenario.through_death_of_servers(fault, lost=1)
+    scenario.through_death_of_servers(fault, ["expert-1"])
     cluster.wait_replaced([dead])
     assert coordinator(cluster) == elected
     assert not cluster.logged("no longer the elected coordinator")
@@ -80,7 +80,7 @@ def test_the_elected_coordinator_dies_and_then_an_expert_server(
     try:
         wait_for("it waits for the office", lambda: other.said("waiting for its end"))
         first, dead = incarnation(cluster), cluster.process("expert-2")
-        scenario.through_death_of_servers(lambda _: kill(cluster, "coordinator", "expert-2"), lost=1)
+        scenario.through_death_of_servers(lambda _: kill(cluster, "coordinator", "expert-2"), ["expert-2"])
         cluster.wait_replaced([dead])
         second = incarnation(cluster)
         assert second != first
@@ -112,7 +112,7 @@ def test_a_stopped_coordinator_wakes_up_beside_its_successor(
         wait_for("it waits for the office", lambda: other.said("waiting for its end"))
         scenario.through(stop)
         dead = cluster.process("expert-2")
-        scenario.through_death_of_servers(wake, lost=1)
+        scenario.through_death_of_servers(wake, ["expert-2"])
         wait_for("it has noticed", lambda: cluster.logged("no longer the elected coordinator") > deposed)
         cluster.wait_replaced([dead])
         assert coordinator(cluster) == "b"
@@ -133,7 +133,7 @@ def test_all_of_etcd_dies_and_an_expert_server_while_it_is_gone(scenario: Scenar
         etcd.kill()
         cluster.kill("expert-0")
 
-    scenario.through_death_of_servers(fault, lost=1)
+    scenario.through_death_of_servers(fault, ["expert-0"])
     wait_for("the coordinator has noticed", lambda: cluster.logged("nothing is published until it does") > unpublished)
     assert cluster.process("expert-0")["incarnation"] == dead["incarnation"], "a view came from nowhere"
     scenario.through(lambda _: None)
