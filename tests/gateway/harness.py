@@ -18,7 +18,6 @@ from gateway.services import Services
 from moering.protocol import MemberInfo, View
 from tests.gateway.fake_router import FakeRouter
 
-
 DEADLINE_S = 60.0
 """What a test waits for is there at once on a quiet machine, and within this on a busy one."""
 
