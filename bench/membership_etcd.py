@@ -25,7 +25,6 @@ from bench.account import Output, compare, total
 from bench.client import new_session
 from bench.cluster import kill, read_status, serving
 from bench.command import Figures, checkpoint_path, run_bench, verdict
-from bench.etcd_nodes import EtcdNodes, running
 from bench.gaps import Window, intervals, within
 from bench.load import first_model
 from bench.streams import Recorded, Streams, fixed_requests
@@ -33,6 +32,7 @@ from bench.workload import Lengths
 from moering.config import option
 from moering.errors import ConfigError, MoeringError
 from moering.process import command_line
+from tests.etcd_nodes import EtcdNodes, running
 
 BAR_MS = 150.0
 

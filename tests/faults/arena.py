@@ -14,14 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.etcd_nodes import EtcdNodes, running
 from moering.errors import MoeringError
 from moering.leader import EMBEDDED
+from tests.etcd_nodes import EtcdNodes, running
 from tests.faults.hub import Hub
 from tests.faults.processes.agent import HUB
 from tests.faults.relay import Relay
-from tests.integration.cluster import REPO, SERVERS, Cluster, free_port, serving, wait_for
+from tests.integration.cluster import REPO, SERVERS, Cluster, serving, wait_for
 from tests.integration.streams import Stream, Streams, bodies, check_equal
+from tests.ports import free_port
 
 STREAMS, TOKENS = 4, 24
 ROUTERS = ("router-0", "router-1")

@@ -18,7 +18,8 @@ from moering.protocol import ProvenExit
 from tests.faults.arena import Arena
 from tests.faults.processes.agent import HUB
 from tests.faults.relay import Relay
-from tests.integration.cluster import DEADLINE_S, REPO, free_port, wait_for
+from tests.integration.cluster import DEADLINE_S, REPO, wait_for
+from tests.ports import free_port
 
 KINDS = {"expert server": "expert_server", "router": "router", "gateway": "gateway"}
 

@@ -16,8 +16,9 @@ import pytest
 from moering.http_client import HttpError, get_json
 from tests.faults.requests import check_whole, varied, whole
 from tests.faults.scenario import in_the_middle
-from tests.integration.cluster import REPO, SERVERS, Cluster, free_port, metrics, serving, wait_for
+from tests.integration.cluster import REPO, SERVERS, Cluster, metrics, serving, wait_for
 from tests.integration.streams import Stream, Streams, bodies, check_equal
+from tests.ports import free_port
 
 STREAMS, TOKENS, FAULT_AT = 8, 200, 30
 WAITS = "router.parking: layer 0: no live replica for rows"

@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 
 from tests.gateway.harness import run
+from tests.ports import free_port
 from tests.tiny import write_checkpoint
 
 
@@ -27,12 +28,6 @@ def coordinator(tmp_path):
     yield address
     process.kill()
     process.wait(10)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start(*flags: str) -> subprocess.Popen[str]:

@@ -13,11 +13,11 @@ from typing import Any
 
 import psutil
 
-from bench.etcd_nodes import binary
 from moering.cluster_key import ClusterKey
 from moering.errors import MoeringError
 from moering.http_client import get_json
 from moering.status import fetch
+from tests.etcd_nodes import binary
 from tests.hosts.network import OWN_ADDRESS, Network
 from tests.integration.cluster import REPO, wait_for
 

@@ -17,17 +17,12 @@ from typing import Any
 
 from moering.http_client import HttpError, get_json
 from moering.status import fetch
+from tests.ports import free_port
 
 DEADLINE_S = 60.0
 LOOK_S = 0.02
 SERVERS = ("expert-0", "expert-1", "expert-2")
 REPO = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def wait_for(what: str, condition: Callable[[], Any], within_s: float = DEADLINE_S) -> Any:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import DEADLINE_S, REPO, free_port
+from tests.integration.cluster import DEADLINE_S, REPO
+from tests.ports import free_port
 from tests.tiny import write_checkpoint
 
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from moering.http_client import HttpError, get_json
-from tests.integration.cluster import DEADLINE_S, REPO, free_port, wait_for
+from tests.integration.cluster import DEADLINE_S, REPO, wait_for
+from tests.ports import free_port
 
 BLOCKER = """
 import sys

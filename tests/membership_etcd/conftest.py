@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.etcd_nodes import EtcdNodes, running
+from tests.etcd_nodes import EtcdNodes, running
 from tests.membership_etcd.members import Cluster, cluster
 
 

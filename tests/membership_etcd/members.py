@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.etcd_nodes import EtcdNodes, wait_for
 from moering.leader import finder
 from moering.lease import LeaseClient
 from moering.protocol import View
+from tests.etcd_nodes import EtcdNodes, wait_for
 from tests.moering.cluster import Member
 
 

@@ -6,9 +6,9 @@ import signal
 
 import zmq
 
-from bench.etcd_nodes import wait_for
 from moering import protocol, transport
 from moering.protocol import Refused, View
+from tests.etcd_nodes import wait_for
 from tests.membership_etcd.members import Candidate, Cluster
 from tests.moering.cluster import Member, table
 

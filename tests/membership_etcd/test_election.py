@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from bench.etcd_nodes import EtcdNodes, wait_for
 from moering.election import Election, read_plan
 from moering.etcd import Cluster, Entry, Etcd, get
 from moering.http_client import request
 from moering.office import Deposed, Elected, Event, Published
 from moering.protocol import View
+from tests.etcd_nodes import EtcdNodes, wait_for
 from tests.membership_etcd.members import Cluster as Members
 from tests.moering.cluster import OWN, running
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.etcd_nodes import EtcdNodes, running
+from tests.etcd_nodes import EtcdNodes, running
 from tests.faults.scenario import Scenario
 from tests.integration.cluster import Cluster, serving, wait_for
 from tests.integration.streams import Streams

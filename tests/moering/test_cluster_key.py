@@ -23,11 +23,12 @@ from moering.lease import LeaseClient
 from moering.process import run_main
 from moering.protocol import Lease, Leave, Registered
 from tests.faults.relay import Relay
-from tests.integration.cluster import free_port, wait_for
+from tests.integration.cluster import wait_for
 from tests.keys import new_key, using
 from tests.moering.cluster import Member
 from tests.moering.stubs import DEADLINE_S
 from tests.moering.test_coordinator import coordinator
+from tests.ports import free_port
 
 HINT = "has it another cluster key?"
 

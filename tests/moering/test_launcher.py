@@ -18,14 +18,9 @@ from moering.errors import ConfigError
 from moering.launcher import STOP_ORDER, Config
 from moering.process import command_line
 from tests.moering.stubs import DEADLINE_S, Mailbox
+from tests.ports import free_port
 
 IDS = [f"{kind}-0" for kind in STOP_ORDER]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 class Launched:

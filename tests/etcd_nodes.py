@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.cluster import free_port
 from moering.errors import MoeringError
 from moering.http_client import HttpError, get_json, request
+from tests.ports import free_port
 
 START_S = 30.0
 LOOK_S = 0.02
@@ -97,7 +97,7 @@ class EtcdNodes:
         self.membership = "etcd://" + ",".join(n.url.removeprefix("http://") for n in self.nodes)
 
     def start(self) -> None:
-        """Start those that do not run, and wait until all serve. Raises `MoeringError`."""
+        """Start all, with the data that are there, and wait until they serve. Raises `MoeringError`."""
         for node in self.nodes:
             node.start(self.nodes)
         wait_for("etcd serves", lambda: all(n.healthy for n in self.nodes))
