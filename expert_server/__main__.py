@@ -1,8 +1,8 @@
 """`python -m expert_server`: joins a cluster, loads what the plan gives it, serves, and leaves on SIGTERM.
 
-Threads, in the order of their start: *compute*, *lease*, *loader* for what comes later, and *join*. That one imports
-torch and loads the first experts on a thread of low priority, so that a joining process takes little from those that
-serve; unless it is to bring orphans, for which requests wait.
+Threads, in the order of their start: *connections*, *compute*, *lease*, *loader* for what comes later, and *join*. That
+one imports torch and loads the first experts on a thread of low priority, so that a joining process takes little from
+those that serve; unless it is to bring orphans, for which requests wait.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import zmq
 
 from expert_server import standby
 from expert_server.config import Config
+from expert_server.connections import Connections
 from expert_server.loader import Loader, targets
 from expert_server.memory import default_capacity, release_free_memory
 from expert_server.pace import Pace
@@ -40,6 +41,10 @@ from moering.protocol import Held, Lease, Leave, MemberInfo, Register, View
 
 logger = logging.getLogger(__name__)
 
+ALONE_S = 1.0
+"""A router that lost its connection is back within 0.1 s, if it is there: who has none for so long has no router."""
+DRAIN_LOOK_S = 0.05
+
 
 class ExpertServer:
     """One expert server process."""
@@ -55,6 +60,7 @@ class ExpertServer:
         transport.start_io_thread()
         socket = transport.make_socket(zmq.ROUTER, transport.DATA, queue_messages=10_000)
         self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
+        self.routers = Connections(socket)
         self.service = Service(socket, self.id, self.incarnation, config.credit_rows, self.residency)
         self.lease = LeaseClient(coordinator, self._register, self._lease, self._on_view, self._on_refused)
         pace = Pace(
@@ -75,6 +81,7 @@ class ExpertServer:
     def run(self) -> int:
         """Serve until there is no need to any more. Raises what made serving impossible."""
         install_signal_handlers(self._terminate)
+        self.routers.start()
         self.service.start()
         self.lease.start()
         threading.Thread(target=self._keep_loading, name="loader", daemon=True).start()
@@ -158,12 +165,19 @@ class ExpertServer:
     # --- draining ---
 
     def _terminate(self) -> None:
-        """SIGTERM: go once others have what is here, or after a while."""
+        """SIGTERM: go once others have what is here, or no router is left, or after a while."""
         self._terminated = True
-        timer = threading.Timer(self.config.drain_timeout_s, self._stop.set)
-        timer.daemon = True
-        timer.start()
+        threading.Thread(target=self._stop_when_alone, name="drain", daemon=True).start()
         self._follow_drain()
+
+    def _stop_when_alone(self) -> None:
+        """Whoever has left says so by his connection too: while no coordinator publishes views, by that alone."""
+        until_s = time.monotonic() + self.config.drain_timeout_s
+        while not self._stop.wait(DRAIN_LOOK_S):
+            alone = self.routers.gone_for_s >= ALONE_S
+            if alone or time.monotonic() >= until_s:
+                logger.info("going: %s", "no router is connected any more" if alone else "the time for a drain is up")
+                self._stop.set()
 
     def _follow_drain(self) -> None:
         """Drain, go, or stay after all, as the view and the operator want it. On any thread."""

@@ -17,8 +17,13 @@ def experts_are_elsewhere(view: View, own: MemberInfo) -> bool:
 
     The coordinator asks a draining server to hold an expert until all of that is true of it.
     """
-    known = _own_entry(view, own)
-    return known is not None and known.state == "DRAINING" and own.server_id in view.servers and not _target(view, own)
+    return _known_to_drain(view, own) and own.server_id in view.servers and not _target(view, own)
+
+
+def requests_are_elsewhere(view: View | None, own: MemberInfo, queued: int, gateways: int) -> bool:
+    """Whether a router may exit: it computes no request, and gets none any more. All know then that it drains, or none
+    of the `gateways` is connected: while no coordinator publishes views, that is all it can go by."""
+    return not queued and (not gateways or (view is not None and _known_to_drain(view, own)))
 
 
 def nobody_needs(view: View, own: MemberInfo) -> bool:
@@ -34,9 +39,9 @@ def another_serves(view: View, own: MemberInfo) -> bool:
     return any(m.kind == own.kind and m.state == "ONLINE" and m.server_id != own.server_id for m in view.members)
 
 
-def _own_entry(view: View, own: MemberInfo) -> MemberInfo | None:
-    entries = (m for m in view.members if (m.server_id, m.incarnation) == (own.server_id, own.incarnation))
-    return next(entries, None)
+def _known_to_drain(view: View, own: MemberInfo) -> bool:
+    wanted = own.server_id, own.incarnation, "DRAINING"
+    return any((m.server_id, m.incarnation, m.state) == wanted for m in view.members)
 
 
 def _target(view: View, own: MemberInfo) -> bool:

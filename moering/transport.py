@@ -190,6 +190,13 @@ def watch_handshakes(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     return socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | REFUSALS)
 
 
+def watch_connections(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """A socket to be read with `next_event` until `EVENT_MONITOR_STOPPED`: who connects to the listening `socket`, and
+    whose connection ends."""
+    both = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+    return socket.get_monitor_socket(both | zmq.EVENT_MONITOR_STOPPED | REFUSALS)
+
+
 class Event(NamedTuple):
     """What happened to a watched socket, as libzmq says it: a `zmq.Event`, and an errno or another detail."""
 
@@ -200,8 +207,15 @@ class Event(NamedTuple):
 def read_event(monitor: zmq.Socket[bytes]) -> Event | None:
     """The next event of a watched socket, or None when none is waiting. A refusal for want of the key is logged."""
     frames = try_receive(monitor)
-    if frames is None:
-        return None
+    return None if frames is None else _event(frames)
+
+
+def next_event(monitor: zmq.Socket[bytes]) -> Event:
+    """Like `read_event`, but waits for it."""
+    return _event(monitor.recv_multipart())
+
+
+def _event(frames: list[bytes]) -> Event:
     event = parse_monitor_message(frames)
     say_refusal(event, keyed=has_key())
     return Event(int(event["event"]), int(event["value"]))

@@ -17,7 +17,7 @@ import zmq
 
 from moering import transport
 from moering.checkpoint import Checkpoint
-from moering.drain import another_serves, told_to_drain
+from moering.drain import another_serves, requests_are_elsewhere, told_to_drain
 from moering.errors import ConfigError, HandshakeError
 from moering.leader import finder
 from moering.lease import LeaseClient
@@ -124,16 +124,16 @@ class Router:
 
     def _stop_when_idle(self) -> None:
         until_s = time.monotonic() + self.config.drain_timeout_s
-        while time.monotonic() < until_s and (self.engine.queued or not self._known_to_drain()):
+        while time.monotonic() < until_s and not self._may_go():
             time.sleep(DRAIN_LOOK_S)
         if self.engine.queued:
             logger.info("handing over %d requests to other routers", self.engine.queued)
+        elif not self.engine.gateways:
+            logger.info("going: no gateway is connected any more")
         self.engine.stop()
 
-    def _known_to_drain(self) -> bool:
-        return self._view is not None and any(
-            m.state == "DRAINING" and m.incarnation == self.incarnation for m in self._view.members
-        )
+    def _may_go(self) -> bool:
+        return requests_are_elsewhere(self._view, self._identity, self.engine.queued, self.engine.gateways)
 
     def _on_refused(self, reason: str) -> None:
         self._refusal = reason

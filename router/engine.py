@@ -89,6 +89,11 @@ class Engine:
         """Requests that run or wait."""
         return len(self._scheduler.waiting) + len(self._scheduler.running)
 
+    @property
+    def gateways(self) -> int:
+        """Gateways that are connected."""
+        return self._frontend.gateways
+
     def counters(self) -> dict[str, float]:
         """Counts since the start."""
         return {

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Frontend:
-    """The socket that gateways connect to. Used by the engine's thread only."""
+    """The socket that gateways connect to. Used by the engine's thread only, but for `gateways`."""
 
     def __init__(
         self, socket: Any, server_id: str, incarnation: int, max_num_seqs: int, model: str, digest: str
@@ -45,6 +45,11 @@ class Frontend:
             else:
                 self._send(identity, Refused(f"a router takes no {message.KIND}", fatal=True))
         return messages
+
+    @property
+    def gateways(self) -> int:
+        """Those that are connected. Who is gone counts until the next `report`. May be read by any thread."""
+        return len(self._gateways)
 
     def lost_one(self) -> bool:
         """Whether a connection ended since the last call. It does not say whose: the next `report` finds out."""

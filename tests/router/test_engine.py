@@ -231,6 +231,18 @@ def test_a_dead_gateways_requests_are_ended_even_if_nothing_is_sent_to_it(cluste
     assert client.until_ended(2) == {name: reference[name] for name in ("q1", "q2")}
 
 
+def test_gateways_count_from_their_hello_to_the_end_of_their_connection(cluster):
+    gateways = [Client(cluster.address) for _ in range(2)]
+    assert cluster.engine.gateways == 0
+    for left, gateway in enumerate(gateways, 1):
+        gateway.socket.send(protocol.encode(protocol.Hello("gateway", f"g{left}", 1, "", "")))
+        gateway.receive()
+        assert cluster.engine.gateways == left
+    for left, gateway in enumerate(gateways):
+        gateway.socket.close()
+        wait_for(lambda left=left: cluster.engine.gateways == 1 - left)
+
+
 def test_blocks_that_were_renormalized_are_not_shared(cluster, client, monkeypatch):
     prompt = [5 + i * i % 300 for i in range(600)]
     prefixes = cluster.engine._scheduler.prefixes
