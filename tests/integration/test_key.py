@@ -55,9 +55,15 @@ def test_rows_of_one_machine_go_through_shared_memory_as_without_a_key(keyed: Cl
     assert "moering-rows" in Path(f"/proc/{pid}/maps").read_text()
 
 
-@pytest.mark.parametrize("stranger", ["another key", "no key"])
-def test_strangers_are_admitted_at_no_port(keyed: Cluster, reference: list[Stream], stranger: str) -> None:
-    with undisturbed(keyed, reference), using(new_key() if stranger == "another key" else None):
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [(new_key(), "has another cluster key"), (None, "has no cluster key, this one has")],
+    ids=["another key", "no key"],
+)
+def test_strangers_are_admitted_at_no_port(
+    keyed: Cluster, reference: list[Stream], key: ClusterKey | None, said: str
+) -> None:
+    with undisturbed(keyed, reference), using(key):
         for server_id in PORTS:
             address = keyed.process(server_id)["address"]
             with transport.make_socket(zmq.DEALER) as s, transport.watch_handshakes(s) as watch:
@@ -66,7 +72,8 @@ def test_strangers_are_admitted_at_no_port(keyed: Cluster, reference: list[Strea
                 assert watch.poll(DEADLINE_S * 1000), server_id
                 assert not s.poll(0), "it was answered"
                 s.disable_monitor()
-            wait_for("its line in the log", partial(keyed.logged, f"no connection at {address}"))
+            line = f"no connection at {address}: the other process {said}"
+            wait_for("its line in the log", partial(keyed.logged, line))
 
 
 @pytest.mark.parametrize("stranger", ["another key", "no key"])

@@ -123,16 +123,25 @@ def knock(address: str, key: ClusterKey | None, identity: ClusterKey | None = No
     return event.kind
 
 
-@pytest.mark.parametrize("stranger", ["another key", "no key", "the public half"])
-def test_a_stranger_is_admitted_nowhere_and_both_sides_say_so(stranger: str, caplog: pytest.LogCaptureFixture) -> None:
-    own, other = new_key(), new_key()
-    with listening(own) as (socket, address):
-        key, identity = {"another key": (other, None), "no key": (None, None), "the public half": (own, other)}[
-            stranger
-        ]
+OWN, OTHER = new_key(), new_key()
+
+
+@pytest.mark.parametrize(
+    ("key", "identity", "said"),
+    [
+        (OTHER, None, "the other process has another cluster key"),
+        (None, None, "the other process has no cluster key, this one has"),
+        (OWN, OTHER, "the connecting process has another cluster key"),
+    ],
+    ids=["another key", "no key", "the public half"],
+)
+def test_a_stranger_is_admitted_nowhere_and_the_listening_side_says_why(
+    key: ClusterKey | None, identity: ClusterKey | None, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with listening(OWN) as (socket, address):
         knock(address, key, identity)
-        wait_for("a line of the listening side", lambda: f"no connection at {address}" in caplog.text)
-        with using(own), transport.make_socket(zmq.DEALER) as member:
+        wait_for("a line of the listening side", lambda: f"no connection at {address}: {said} (--key)" in caplog.text)
+        with using(OWN), transport.make_socket(zmq.DEALER) as member:
             transport.connect(member, address)
             member.send(b"of a member")
             assert socket.recv_multipart()[1] == b"of a member"  # and nothing came before it
