@@ -93,8 +93,8 @@ def make_services(config: Config, model: Model, own: MemberInfo) -> Services:
             "failovers": pool.failovers,
             "dropped_tokens": journal.dropped_tokens,
             "stalled_clients": guard.cut_count,
-            **{f"router_{name}": value for name, value in pool.router_counters().items()},
         },
+        router_counters=lambda: {router: stats.counters for router, stats in pool.living_stats().items()},
         by_layer=lambda: {
             "expert_load_max_over_mean": {r: s.expert_balance for r, s in pool.living_stats().items()},
             "server_load_max_over_mean": {r: s.server_balance for r, s in pool.living_stats().items()},

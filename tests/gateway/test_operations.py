@@ -88,6 +88,11 @@ def test_status_shows_the_view_and_this_process(model):
     run(main())
 
 
+def resent(text):
+    name = "moering_router_rows_resent_total"
+    return {line.removeprefix(name) for line in text.splitlines() if line.startswith(name)}
+
+
 def test_figures_of_the_routers_are_shown(model):
     async def main():
         routers = [FakeRouter(f"r{i}") for i in range(2)]
@@ -96,12 +101,15 @@ def test_figures_of_the_routers_are_shown(model):
                 gauges = {"kv_cache_usage_perc": rows / 10}
                 router.send(RouterStats(router.server_id, {"rows_resent": rows}, gauges, {"router-9": "slow"}))
             await g.until(lambda: len(g.services.pool.stats) == 2)
-            lines = (await g.get("/metrics"))[1].splitlines()
-            assert "moering_router_rows_resent_total 7.0" in lines
-            assert "moering_router_kv_cache_usage_perc 0.4" in lines
+            text = (await g.get("/metrics"))[1]
+            assert resent(text) == {'{router="r0"} 3.0', '{router="r1"} 4.0'}
+            assert text.count("# TYPE moering_router_rows_resent_total counter") == 1
+            assert "moering_router_kv_cache_usage_perc 0.4" in text.splitlines()
             assert json.loads((await g.get("/admin/status"))[1])["router_counters"] == {"rows_resent": 7.0}
             g.show(routers[0])
-            assert "moering_router_kv_cache_usage_perc 0.3" in (await g.get("/metrics"))[1].splitlines()
+            text = (await g.get("/metrics"))[1]
+            assert resent(text) == {'{router="r0"} 3.0'}
+            assert "moering_router_kv_cache_usage_perc 0.3" in text.splitlines()
 
     run(main())
 
