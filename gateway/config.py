@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from dataclasses import dataclass
 
 from moering.cluster_key import KEY_HELP
-from moering.config import option
+from moering.config import check_numbers, option
 from moering.errors import ConfigError
 from moering.leader import EMBEDDED, MEMBERSHIP_HELP
 
@@ -38,7 +39,17 @@ class Config:
     log_interval_s: float = option(10.0, "one log line with the load this often while there is load")
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` for what is no port."""
+        """Raises `ConfigError` for what a gateway cannot work with."""
+        check_numbers(
+            self,
+            positive=(
+                "max_requests", "max_choices", "max_body_bytes", "request_timeout_s", "stall_timeout_s",
+                "log_interval_s",
+            ),
+            not_negative=("max_model_len_tokens", "max_queue_wait_s", "drain_timeout_s"),
+        )  # fmt: skip
+        if math.isinf(self.request_timeout_s):
+            raise ConfigError("request_timeout_s must be finite: a router is told how much of it is left")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
 

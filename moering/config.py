@@ -33,10 +33,10 @@ def option(default: Any, help: str, **extra: Any) -> Any:
 def check_numbers(config: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
     """Raise `ConfigError` naming the first of these fields that is not a number of its kind."""
     for name in positive:
-        if getattr(config, name) < 1:
+        if not getattr(config, name) > 0:  # nor is NaN
             raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
     for name in not_negative:
-        if not getattr(config, name) >= 0:  # nor is NaN
+        if not getattr(config, name) >= 0:
             raise ConfigError(f"{name} must be 0 or more, not {getattr(config, name)}")
 
 

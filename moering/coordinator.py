@@ -8,6 +8,7 @@ the elected one takes part: it decides as a single one would, but a view leaves 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ import zmq
 from moering import protocol, transport
 from moering.actions import Action, Probe, Rules, Send
 from moering.cluster_key import KEY_HELP
-from moering.config import option
+from moering.config import check_numbers, option
 from moering.errors import ConfigError, ProtocolError
 from moering.event_feed import EventFeed
 from moering.leader import EMBEDDED, MEMBERSHIP_HELP, etcd_cluster
@@ -60,12 +61,11 @@ class Config:
     advertise: str = option("", "host name that members use, where it is not the bound one")
 
     def __post_init__(self) -> None:
-        if self.replication < 1 or self.expert_servers < 0:
-            raise ConfigError("replication must be at least 1, expert_servers not negative")
-        if self.lease_s < 2.0:
-            raise ConfigError(f"lease_s {self.lease_s:g}: members renew every second, so at least 2")
-        if min(self.rejoin_grace_s, self.settle_s, self.rebalance_s) < 0:
-            raise ConfigError("rejoin_grace_s, settle_s and rebalance_s must not be negative")
+        """Raises `ConfigError` for what a coordinator cannot work with."""
+        not_negative = ("expert_servers", "rejoin_grace_s", "settle_s", "rebalance_s")
+        check_numbers(self, positive=("replication",), not_negative=not_negative)
+        if not 2.0 <= self.lease_s < math.inf:
+            raise ConfigError(f"lease_s {self.lease_s:g}: members renew every second, so at least 2, and finite")
         if self.election_ttl_s < 2:
             raise ConfigError(f"election_ttl_s {self.election_ttl_s} is below 2, etcd's shortest lease")
 

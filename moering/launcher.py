@@ -21,7 +21,7 @@ from pathlib import Path
 from moering.checkpoint import Checkpoint
 from moering.cluster_key import KEY_HELP
 from moering.commands import Commands, coordinator_address
-from moering.config import option
+from moering.config import check_numbers, option
 from moering.errors import ConfigError
 from moering.exit_reports import ExitReports
 from moering.http_client import HttpError, get_json, request
@@ -70,9 +70,13 @@ class Config:
     drain_timeout_s: float = option(30.0, "at a stop, how long each kind of process may take before it is killed")
 
     def __post_init__(self) -> None:
-        if self.expert_servers < 1 or self.routers < 1:
-            raise ConfigError("at least one expert server and one router are needed")
-        if not 1 <= self.replication <= self.expert_servers and self.membership == EMBEDDED:
+        """Raises `ConfigError` for what cannot be served."""
+        check_numbers(
+            self,
+            positive=("expert_servers", "routers", "replication"),
+            not_negative=("rejoin_grace_s", "max_restart_delay_s", "drain_timeout_s"),
+        )
+        if self.replication > self.expert_servers and self.membership == EMBEDDED:
             raise ConfigError(f"replication {self.replication} is not in 1..{self.expert_servers} (--expert-servers)")
         if self.gpus and self.device == "cpu":
             raise ConfigError("--gpus needs --device cuda")

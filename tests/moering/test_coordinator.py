@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf, nan
 
 import pytest
 import zmq
@@ -188,7 +189,13 @@ def test_it_binds_where_a_killed_one_was_bound_over_ipc(tmp_path: object) -> Non
         assert process.wait(10) == 0
 
 
-@pytest.mark.parametrize("wrong", [{"replication": 0}, {"lease_s": 0.5}, {"settle_s": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"replication": 0}, {"expert_servers": -1}, {"lease_s": 0.5}, {"lease_s": nan}, {"lease_s": inf},
+        {"settle_s": -1.0}, {"rejoin_grace_s": nan}, {"rebalance_s": -1.0}, {"election_ttl_s": 1},
+    ],
+)  # fmt: skip
 def test_settings_without_meaning_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Config(**wrong)  # type: ignore[arg-type]
