@@ -18,7 +18,7 @@ COST_BAR, COST_BAR_STREAMS = 0.05, 32
 KILL_BAR_MS, STILL_BAR_MS, RELOAD_BAR = 50.0, 500.0, 0.10
 VARIANTS = ("in process", "one micro-batch", "two micro-batches")
 COLORS = ("#4477aa", "#ee6677", "#228833")
-PRICE = ("attention", "copy_out", "send", "hop", "compute", "receive", "copy_in", "combine")
+PRICE = ("attention", "copy_out", "send", "hop", "compute", "receive", "combine")
 Figures = dict[str, Any]
 
 
@@ -173,7 +173,7 @@ def _draw_price(price: Figures, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     keys = sorted(price, key=int)
     below = [0.0] * len(keys)
-    for name in ("attention", "copy_out", "hop", "compute", "copy_in", "combine"):
+    for name in ("attention", "copy_out", "hop", "compute", "combine"):
         heights = [price[k].get(name, 0.0) for k in keys]
         axes.bar(keys, heights, 0.6, bottom=below, label=name.replace("_", " "))
         below = [a + b for a, b in zip(below, heights, strict=True)]

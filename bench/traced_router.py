@@ -3,10 +3,9 @@
 It joins a cluster beside its routers and serves in the same way. When it ends it writes medians in µs, by the rows of a
 decode step, to the file that the environment variable BENCH_TRACE names:
 
-* *attention* (and gate), *combine*, *copy_out* (expert ids to the host, rows to the slots of servers), *copy_in*
-  (experts' outputs from their slots): on the GPU's clock, so that a copy for which the GPU waits counts with its start;
-  *until_experts*: attention, combine and what starting them and waiting for them costs, on the host's.
-* *send*: packing and sending, which waits for *copy_out*; *receive*: starting *copy_in*; *compute*: what the slowest
+* *combine* (reads experts' outputs in their slots), *attention* (and gate), *copy_out* (expert ids and inputs to the
+  host): on the GPU's clock; *until_experts*: these, and what starting them and waiting for them costs, on the host's.
+* *send*: packing, rows to the slots of servers, and sending; *receive*: taking in answers; *compute*: what the slowest
   server says it took, its own copies included; *round_trip*: from before *send* to the last output. *hop* is
   *round_trip* less *compute*.
 """
@@ -19,12 +18,10 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -36,8 +33,6 @@ from router.connection import Connection
 from router.exchange import Exchange, Finished, Rows
 
 LEAST_SAMPLES = 20
-Spans = list[tuple[Any, Any]]
-"""Events of a GPU: the begin and the end of something."""
 
 
 class Trace:
@@ -105,45 +100,20 @@ def traced_decoder() -> type:
     """The decoder for GPUs, with events around its parts."""
     from router.buffers_cuda import Step
     from router.decoder_cuda import Decoder
-    from router.expert_rows_cuda import DeviceRows
     from router.micro_batch_cuda import MicroBatch
 
-    spans_of: WeakKeyDictionary[DeviceRows, dict[str, Spans]] = WeakKeyDictionary()
-
     class TracedDecoder(Decoder):
-        def start(self, *args: Any) -> MicroBatch:
-            mb = super().start(*args)
-            self._time_copies(mb.device_rows)
-            return mb
-
         def until_experts(self, mb: MicroBatch) -> None:
             begun = time.perf_counter_ns()
             self._marks = [self._mark()]
             super().until_experts(mb)
             marks, wall_us = [*self._marks, self._mark()], (time.perf_counter_ns() - begun) / 1e3
             marks[-1].synchronize()
-            # of the layer before: from slots before this segment, to slots after the last one
-            copied = {name: _take_us(spans) for name, spans in spans_of[mb.device_rows].items()}
             if mb.rows == len(mb.step.paged.decode_rows) or not mb.step.paged.tiles.shape[0]:
-                names = ("copy_in", "combine", "attention", "copy_out")
+                names = ("until_combine", "combine", "attention", "copy_out")
                 parts = [a.elapsed_time(b) * 1e3 for a, b in pairwise(marks)]
                 if len(parts) == len(names):  # the first layer has nothing to take in
-                    us = {name: part + copied.get(name, 0.0) for name, part in zip(names, parts, strict=True)}
-                    TRACE.add(mb.rows, until_experts=wall_us, **us)
-
-        def _time_copies(self, rows: DeviceRows) -> None:
-            """Keep the events around each copy, by the name of its part."""
-            spans = spans_of[rows] = {"copy_out": [], "copy_in": []}
-            for method, name in (("pack", "copy_out"), ("put", "copy_in")):
-                setattr(rows, method, self._timed(getattr(rows, method), spans[name]))
-
-        def _timed(self, copy: Callable[..., Any], spans: Spans) -> Callable[..., Any]:
-            def timed(*args: Any) -> Any:
-                begun, result = self._mark(), copy(*args)
-                spans.append((begun, self._mark()))
-                return result
-
-            return timed
+                    TRACE.add(mb.rows, until_experts=wall_us, **dict(zip(names[1:], parts[1:], strict=True)))
 
         def _run_segment(self, step: Step, layer: int) -> None:
             if layer:
@@ -156,6 +126,7 @@ def traced_decoder() -> type:
             else:
                 self._segment(step, layer)
             self._marks.append(self._mark())
+            self._fetch_choice(step)
 
         @staticmethod
         def _mark() -> torch.cuda.Event:
@@ -164,13 +135,6 @@ def traced_decoder() -> type:
             return event
 
     return TracedDecoder
-
-
-def _take_us(spans: Spans) -> float:
-    """Their time; they are gone then."""
-    us = 1e3 * sum(float(a.elapsed_time(b)) for a, b in spans)
-    spans.clear()
-    return us
 
 
 def run(config: Config) -> int:

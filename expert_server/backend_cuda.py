@@ -1,26 +1,30 @@
-"""Experts on a GPU: all of a server's experts in one tensor, one copy in each direction per grouped call.
+"""Experts on a GPU: all of a server's experts in one tensor, one copy of rows and one launch per grouped call.
 
-The places of rows and the tile list travel to the GPU as one piece of pinned memory, together with float32 rows, which
-are rounded on the way; bf16 ones go straight from where they lie to the GPU, and their results straight back. All
-memory is allotted at the start, and every kernel compiled, so that computing can neither stall nor run out of memory.
+bf16 rows are copied from where they lie to the GPU, and the kernel writes its results where they are wanted; float32
+ones are rounded on the way. The copy of the tile list and both kernels are one CUDA graph for each shape: launching
+them one by one from Python takes longer than a decode step's rows take the GPU. All memory is allotted at the start,
+and every kernel compiled, so that computing can neither stall nor run out of memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from triton import next_power_of_2
 
 from expert_server.host_replicas_cuda import PinnedReplicas
 from expert_server.slots_cuda import CudaExpert, Slots
 from kernels import pinning
+from kernels.graphs import Graphs
 from kernels.tensors import rows_tensor
 from kernels.triton_expert_ffn import GroupedExperts, numerics_fingerprint
 from kernels.triton_grouping import TILE_FIELDS, Grouping, list_tiles
-from kernels.triton_tiling import choose_tiling
+from kernels.triton_tiling import FFNTiling, choose_tiling
 from moering.checkpoint import ExpertWeights
 from moering.errors import ConfigError
 from moering.expert_frames import ITEM_BYTES
@@ -66,6 +70,7 @@ class CudaBackend:
         self._slots = Slots(hidden, intermediate, capacity, self._device)
         self.host_replicas = PinnedReplicas(self._slots, host_replicas)
         self._kernels = GroupedExperts(self._slots.w13, self._slots.w2)
+        self._graphs = Graphs(self._device)
         self.fingerprint = numerics_fingerprint(self._device)
         self._warm_up(hidden)
         logger.info("room for %d experts on %s", self._slots.capacity, self._device)
@@ -123,15 +128,18 @@ class CudaBackend:
     def _compute(
         self, hidden: np.ndarray, rows: np.ndarray, counts: np.ndarray, slots: np.ndarray, out: np.ndarray
     ) -> None:
-        pairs = len(rows)
-        tiling = replace(choose_tiling(pairs, len(counts)), pdl=False)
+        tiling = choose_tiling(len(rows), len(counts))
         tiles = list_tiles(counts, slots, tiling.block_m)
-        workspace = self._workspace
-        x, grouping = workspace.send(hidden, rows, tiles, tiling.block_m)
-        activations, results = workspace.activations[:pairs], workspace.results[:pairs]
-        self._kernels.gate_up(x, grouping, activations, tiling)
-        self._kernels.down(activations, grouping, results, tiling)
-        workspace.receive(pairs, out)
+        room = next_power_of_2(len(tiles))  # few shapes, so few graphs; programs that find no tile end at once
+        with self._workspace.call(hidden, rows, tiles, out):
+            self._graphs.run((id(tiling), room), lambda: self._launch(tiling, room))
+
+    def _launch(self, tiling: FFNTiling, max_tiles: int) -> None:
+        """From the lists in pinned memory to the results."""
+        workspace, tiling = self._workspace, replace(tiling, pdl=False)
+        grouping = workspace.fetch_grouping(max_tiles, tiling.block_m)
+        self._kernels.gate_up(workspace.x, grouping, workspace.activations, tiling)
+        self._kernels.down(workspace.activations, grouping, workspace.results_at, tiling)
 
     def _warm_up(self, hidden: int) -> None:
         """Compile what any number of pairs may need: one call for each tiling."""
@@ -148,52 +156,50 @@ class CudaBackend:
 
 
 class _Workspace:
-    """Pinned and device memory of one call: integers and rows on the way in, results on the way out."""
+    """Pinned and device memory of one call: lists, and rows that cannot be used where they are.
+
+    Every address is fixed, for the graphs. Pairs are in the order of their experts already.
+    """
 
     def __init__(self, hidden: int, intermediate: int, device: torch.device) -> None:
-        self._cuda, self._hidden = device.type == "cuda", hidden
-        # one of num_tiles; order, rows: [pairs]; at most as many tiles as pairs
-        self._order_at, self._rows_at = _ALIGN, _ALIGN + CALL_PAIRS
-        self._tiles_at = _ALIGN + 2 * CALL_PAIRS
-        self._max_ints = self._tiles_at + TILE_FIELDS.value * CALL_PAIRS
-        size = self._max_ints + CALL_PAIRS * hidden // 2
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self._cuda)
-        self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        self._ints = self._host.numpy()
-        self._ints[self._order_at : self._order_at + CALL_PAIRS] = np.arange(CALL_PAIRS)
+        self._cuda = device.type == "cuda"
+        rows = (CALL_PAIRS, hidden)
+        self.x = torch.zeros(rows, dtype=torch.bfloat16, device=device)
         self.activations = torch.zeros(CALL_PAIRS, intermediate, dtype=torch.bfloat16, device=device)
-        self.results = torch.zeros(CALL_PAIRS, hidden, dtype=torch.bfloat16, device=device)
-        self._host_results = torch.zeros(CALL_PAIRS, hidden, dtype=torch.bfloat16, pin_memory=self._cuda)
+        self._host_x, self._host_results = (
+            torch.zeros(rows, dtype=torch.bfloat16, pin_memory=self._cuda) for _ in range(2)
+        )
+        # the number of tiles, the results' address; the row of each pair; at most as many tiles as pairs
+        self._rows_at, self._tiles_at = _ALIGN, _ALIGN + CALL_PAIRS
+        size = self._tiles_at + TILE_FIELDS.value * CALL_PAIRS
+        self._host_lists = torch.zeros(size, dtype=torch.int32, pin_memory=self._cuda)
+        self._lists = torch.zeros(size, dtype=torch.int32, device=device)
+        self._array = self._host_lists.numpy()
+        self._address = self._array[2:4].view(np.int64)
+        self.results_at = self._lists[2:4].view(torch.int64)
+        self._order = torch.arange(CALL_PAIRS, dtype=torch.int32, device=device)
 
-    def send(
-        self, hidden: np.ndarray, rows: np.ndarray, tiles: np.ndarray, block_m: int
-    ) -> tuple[torch.Tensor, Grouping]:
-        """Start the copy of everything the kernels read. Pairs are in the order of their experts already."""
-        pairs, count = len(rows), len(hidden)
-        self._ints[0] = len(tiles)
-        self._ints[self._rows_at : self._rows_at + pairs] = rows
-        tiles_end = self._tiles_at + tiles.size
-        self._ints[self._tiles_at : tiles_end] = tiles.reshape(-1)
-        x_at = tiles_end + -tiles_end % _ALIGN
-        x_end = x_at + count * self._hidden // 2
-        x = self._device[x_at:x_end].view(torch.bfloat16).view(count, -1)
-        wide = hidden.dtype == np.float32
-        if wide:
-            self._host[x_at:x_end].view(torch.bfloat16).view(count, -1).copy_(torch.from_numpy(hidden))
-        else:
-            x.copy_(rows_tensor(hidden), non_blocking=True)
-        end = x_end if wide else tiles_end
-        self._device[:end].copy_(self._host[:end], non_blocking=True)
-        order, row_ids = (self._device[at : at + pairs] for at in (self._order_at, self._rows_at))
-        on_device = self._device[self._tiles_at : tiles_end].view(-1, TILE_FIELDS.value)
-        return x, Grouping(order, row_ids, on_device, self._device[:1], block_m)
-
-    def receive(self, pairs: int, out: np.ndarray) -> None:
-        """Wait for the results, and until nothing reads what `send` was given; float32 ones are widened into `out`."""
-        wide = out.dtype == np.float32
-        target = self._host_results[:pairs] if wide else rows_tensor(out)
-        target.copy_(self.results[:pairs], non_blocking=True)
+    @contextlib.contextmanager
+    def call(self, hidden: np.ndarray, rows: np.ndarray, tiles: np.ndarray, out: np.ndarray) -> Iterator[None]:
+        """The block computes `out`; nothing reads or writes any of these any more after it."""
+        self._array[0] = len(tiles)
+        self._array[self._rows_at : self._rows_at + len(rows)] = rows
+        self._array[self._tiles_at : self._tiles_at + tiles.size] = tiles.reshape(-1)
+        source, results = rows_tensor(hidden), rows_tensor(out)
+        if source.dtype == torch.float32:
+            source = self._host_x[: len(hidden)].copy_(source)
+        self.x[: len(hidden)].copy_(source, non_blocking=True)
+        in_place = results.dtype == torch.bfloat16 and (results.is_pinned() or not self._cuda)
+        self._address[0] = (results if in_place else self._host_results).data_ptr()
+        yield
         if self._cuda:
             torch.cuda.current_stream().synchronize()
-        if wide:
-            torch.from_numpy(out).copy_(target)
+        if not in_place:
+            results.copy_(self._host_results[: len(rows)])
+
+    def fetch_grouping(self, max_tiles: int, block_m: int) -> Grouping:
+        """Start the copy of the lists to the device; what they are there."""
+        end = self._tiles_at + TILE_FIELDS.value * max_tiles
+        self._lists[:end].copy_(self._host_lists[:end], non_blocking=True)
+        tiles = self._lists[self._tiles_at : end].view(max_tiles, TILE_FIELDS.value)
+        return Grouping(self._order, self._lists[self._rows_at : self._tiles_at], tiles, self._lists[:1], block_m)

@@ -124,11 +124,13 @@ def _merge(requests: list[Request]) -> Group:
 
 def runs_of_many(pair_experts: np.ndarray) -> tuple[list[int], list[int]] | None:
     """`runs_of_few` for arrays."""
-    steps = np.diff(pair_experts.astype(np.int64))
-    if (steps < 0).any():
+    changes = (pair_experts[1:] != pair_experts[:-1]).nonzero()[0]
+    bounds = np.zeros(len(changes) + 2, np.int64)
+    bounds[1:-1], bounds[-1] = changes + 1, len(pair_experts)
+    experts = pair_experts[bounds[:-1]]
+    if (experts[1:] < experts[:-1]).any():
         return None
-    starts = np.concatenate(([0], steps.nonzero()[0] + 1))
-    return pair_experts[starts].tolist(), np.diff(starts, append=len(pair_experts)).tolist()
+    return experts.tolist(), (bounds[1:] - bounds[:-1]).tolist()
 
 
 def runs_of_few(pair_experts: list[int]) -> tuple[list[int], list[int]] | None:

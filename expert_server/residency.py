@@ -12,16 +12,17 @@ Key = tuple[int, int]
 
 
 class Residency:
-    """The loaded experts of one server. A lookup takes no lock: it is one dict access."""
+    """The loaded experts of one server. A lookup takes no lock: it is one dict access each."""
 
     def __init__(self) -> None:
         self._experts: dict[Key, Any] = {}
         self._digests: dict[Key, bytes] = {}
         self._lock = threading.Lock()
 
-    def get(self, layer: int, expert: int) -> Any | None:
-        """The loaded expert, or None."""
-        return self._experts.get((layer, expert))
+    def find(self, layer: int, experts: list[int]) -> list[Any | None]:
+        """The loaded experts of these; None for each that is not."""
+        get = self._experts.get
+        return [get((layer, expert)) for expert in experts]
 
     def keys(self) -> set[Key]:
         """What is loaded now."""

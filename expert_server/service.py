@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +26,8 @@ from moering.shared_rows import ARRAYS, SLOT_BYTES, Pin
 logger = logging.getLogger(__name__)
 
 STOP_CHECK_MS = 200
+SPIN_SWITCH_S = 2e-4
+"""For how long other threads of a process wait for one that looks for messages without a rest."""
 
 Compute = Callable[[np.ndarray, np.ndarray | None, list[int], list[Any], np.ndarray], None]
 """(hidden [rows, H], rows [pairs] or None for one row a pair, counts, experts, out [pairs, H]): the grouped kernel.
@@ -64,6 +68,8 @@ class Service(threading.Thread):
         for its GPU.
         """
         self._model, self._digest, self._compute, self._spin_s = model, digest, compute, spin_s
+        if spin_s:
+            sys.setswitchinterval(SPIN_SWITCH_S)
         hidden_size, self._dtype = shape[2], dtype
         dtypes = tuple(dict.fromkeys(("float32", dtype)))
         self._most_pairs = {d: max(1, max_tensor_bytes // (ITEM_BYTES[d] * hidden_size)) for d in dtypes}
@@ -123,7 +129,7 @@ class Service(threading.Thread):
         while time.perf_counter() < until_s:
             if (found := transport.try_receive(self._socket)) is not None:
                 return found
-            time.sleep(0)  # lets the process's other threads run
+            os.sched_yield()  # lets the process's other threads run; a sleep of 0 takes 55 µs
         return None
 
     def _handle(self, identity: bytes, frames: list[bytes]) -> Request | None:
@@ -169,7 +175,7 @@ class Service(threading.Thread):
 
     def _answer(self, group: Group) -> None:
         layer = group.requests[0].message.layer
-        experts = [self._residency.get(layer, e) for e in group.experts]
+        experts = self._residency.find(layer, group.experts)
         if None in experts:
             self._answer_without(group, {e for e, x in zip(group.experts, experts, strict=True) if x is None})
             return

@@ -1,4 +1,4 @@
-"""Host memory that a GPU copies from and to by itself, without the driver's own buffers in between."""
+"""Host memory that a GPU reads and writes by itself, at its address, without the driver's own buffers in between."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 logger = logging.getLogger(__name__)
 
 
-def pin(memory: np.ndarray) -> Callable[[], None]:
+def pin(memory: np.ndarray) -> Callable[[], None] | None:
     """Pin `memory`, contiguous, until what is returned is called, which keeps it until then: of memory that was given
     back pinned the GPU would go on to use the old pages, whatever is mapped there by then.
 
-    Where pinning fails copies are as right as before, and slower; said once.
+    None where pinning fails: copies are as right as before, and slower. Said once.
     """
     if not register(memory.ctypes.data, memory.nbytes):
         _say_that_it_failed()
-        return _nothing
+        return None
     return functools.partial(_unpin, memory)
 
 
@@ -38,10 +38,6 @@ def register(address: int, size: int) -> bool:
 
 def _unpin(memory: np.ndarray) -> None:
     torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
-
-
-def _nothing() -> None:
-    """There is nothing to undo."""
 
 
 @functools.cache

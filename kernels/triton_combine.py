@@ -62,42 +62,56 @@ def combine(
 
 @triton.jit
 def _add_combined_kernel(
-    residual_ptr, pair_rows_ptr, weights_ptr, index_ptr, hidden,
-    TOP_K: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    residual_ptr, pairs_ptr, weights_ptr, hidden, TOP_K: tl.constexpr, ADDRESSES: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < hidden
     total = tl.load(residual_ptr + row * hidden + column, mask=mask, other=0.0)
     for slot in tl.static_range(TOP_K):
         pair = row * TOP_K + slot
-        at = pair
         present = mask
-        if INDEXED:
-            at = tl.load(index_ptr + pair).to(tl.int64)
-            present = mask & (at >= 0)
-        value = tl.load(pair_rows_ptr + at * hidden + column, mask=present, other=0.0).to(tl.float32)
+        if ADDRESSES:
+            address = tl.load(pairs_ptr + pair)
+            present = mask & (address != 0)
+            values_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 16)
+        else:
+            values_ptr = pairs_ptr + pair * hidden
+        value = tl.load(values_ptr + column, mask=present, other=0.0).to(tl.float32)
         total += tl.load(weights_ptr + pair) * value
     tl.store(residual_ptr + row * hidden + column, total, mask=mask)
 
 
-def add_combined(
-    residual: torch.Tensor, pair_rows: torch.Tensor, topk_weights: torch.Tensor, index: torch.Tensor | None = None
-) -> None:
+def add_combined(residual: torch.Tensor, pair_rows: torch.Tensor, topk_weights: torch.Tensor) -> None:
     """residual[n] += topk_weights[n, j] * pair_rows[n * top_k + j], for rising j, multiplied, then added, in float32.
 
     residual: [rows, hidden] float32; pair_rows: [rows * top_k, hidden] of any float dtype; topk_weights: [rows, top_k].
-    index: int32 [rows * top_k], where each pair's row is in pair_rows, then of any length; zeros where it is negative.
     """
     rows, top_k = topk_weights.shape
     hidden = residual.shape[1]
-    if index is not None and (index.shape != (rows * top_k,) or index.dtype != torch.int32):
-        raise ValueError(f"an int32 index of {rows * top_k} pairs wanted, got {index.dtype} {tuple(index.shape)}")
-    counted = pair_rows.shape[0] == rows * top_k or index is not None
-    if not counted or pair_rows.shape[1] != hidden or not (pair_rows.is_contiguous() and residual.is_contiguous()):
+    if pair_rows.shape != (rows * top_k, hidden) or not pair_rows.is_contiguous():
         raise ValueError(f"contiguous [{rows * top_k}, {hidden}] pair rows wanted, got {tuple(pair_rows.shape)}")
-    block = 512
+    _add(residual, pair_rows, topk_weights, addresses=False)
+
+
+def add_combined_at(residual: torch.Tensor, addresses: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    """The same for pair rows that lie anywhere that the GPU can read, bf16, multiples of 16 bytes from each other.
+
+    addresses: int64 [rows * top_k], of each pair's row; 0 for a row of zeros.
+    """
+    rows, top_k = topk_weights.shape
+    if addresses.shape != (rows * top_k,) or addresses.dtype != torch.int64:
+        raise ValueError(f"int64 addresses of {rows * top_k} pairs wanted, got {addresses.dtype} {addresses.shape}")
+    if residual.shape[1] % 8:
+        raise ValueError(f"rows of {residual.shape[1]} bf16 values are not multiples of 16 bytes")
+    _add(residual, addresses, topk_weights, addresses=True)
+
+
+def _add(residual: torch.Tensor, pairs: torch.Tensor, topk_weights: torch.Tensor, *, addresses: bool) -> None:
+    if not residual.is_contiguous() or not topk_weights.is_contiguous():
+        raise ValueError("residual and weights must be contiguous")
+    (rows, hidden), block = residual.shape, 512
     _add_combined_kernel[(rows, triton.cdiv(hidden, block))](
-        residual, pair_rows, topk_weights, topk_weights if index is None else index, hidden,
-        TOP_K=top_k, INDEXED=index is not None, BLOCK=block, enable_fp_fusion=False,
+        residual, pairs, topk_weights, hidden,
+        TOP_K=topk_weights.shape[1], ADDRESSES=addresses, BLOCK=block, enable_fp_fusion=False,
     )  # fmt: skip

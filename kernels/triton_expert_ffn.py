@@ -92,15 +92,17 @@ class GroupedExperts:
         )  # fmt: skip
 
     def down(self, activations: torch.Tensor, grouping: Grouping, out: torch.Tensor, tiling: FFNTiling) -> None:
-        """Down product; row `pair` of out gets the pair's result."""
-        cut = tiling.down
+        """Down product; row `pair` of out gets the pair's result. out: [pairs, hidden]; or [1] int64, the address of
+        such rows, bf16 and contiguous, anywhere that the GPU can write.
+        """
+        cut, out_at = tiling.down, out.dtype == torch.int64
         weights = self.w2.view(-1, self.intermediate)
         parts, part_bytes = self._prefetch(cut)
         down_kernel[self._grid(grouping, self.hidden, cut)](
             activations, TensorDescriptor.from_tensor(activations, [tiling.block_m, cut.block_k]),
-            TensorDescriptor.from_tensor(weights, [cut.block_n, cut.block_k]), self.w2, self._bias2, out, out.stride(0),
-            grouping.order, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
-            EVEN_K=self.intermediate % cut.block_k == 0,
+            TensorDescriptor.from_tensor(weights, [cut.block_n, cut.block_k]), self.w2, self._bias2,
+            out, self.hidden if out_at else out.stride(0), grouping.order, grouping.tiles, grouping.num_tiles,
+            self.hidden, self.intermediate, EVEN_K=self.intermediate % cut.block_k == 0, OUT_AT=out_at,
             ACT_TMA=cut.act_tma, BIAS=self._bias, PREFETCH_PARTS=parts, PREFETCH_BYTES=part_bytes,
             **_constants(tiling, cut),
         )  # fmt: skip

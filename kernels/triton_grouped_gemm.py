@@ -184,16 +184,19 @@ def down_kernel(
     hidden, intermediate,
     HEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr, ACT_TMA: tl.constexpr,
-    PREFETCH_PARTS: tl.constexpr, PREFETCH_BYTES: tl.constexpr, BIAS: tl.constexpr,
+    PREFETCH_PARTS: tl.constexpr, PREFETCH_BYTES: tl.constexpr, BIAS: tl.constexpr, OUT_AT: tl.constexpr,
 ):  # fmt: skip
     """out[pair] = act[position of pair] @ w.T; w_desc: [experts * hidden, intermediate], w_ptr the same memory.
 
+    With OUT_AT out_ptr points to the address of out, bf16, a multiple of 16.
     bias_ptr: [experts, hidden], added with BIAS.
 
     With PDL the program starts while gate_up_kernel still runs: the tile list is ready (gate_up_kernel lets dependents
     start only after it has waited for it), the activations are not. The start of the first tile's weight rows,
     PREFETCH_PARTS * PREFETCH_BYTES each (0: none), travels to L2 in that time.
     """
+    if OUT_AT:
+        out_ptr = tl.multiple_of(tl.load(out_ptr).to(tl.pointer_type(tl.bfloat16)), 16)
     num_tiles = tl.load(num_tiles_ptr)
     n_blocks = tl.cdiv(hidden, BLOCK_N)
     if PDL:

@@ -41,8 +41,9 @@ _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not
 ARRAYS: dict[str, npt.DTypeLike] = {"float32": np.float32, "bfloat16": np.int16}
 """What rows are as arrays. numpy has no bfloat16: their bits."""
 Rows = npt.NDArray[Any]
-Pin = Callable[[npt.NDArray[np.uint8]], Callable[[], None]]
-"""Prepares memory for a GPU; what it returns undoes that, and has to be called before the memory is given back."""
+Pin = Callable[[npt.NDArray[np.uint8]], Callable[[], None] | None]
+"""Prepares memory for a GPU; what it returns undoes that, and has to be called before the memory is given back. None:
+it cannot be done."""
 
 
 class Layout(NamedTuple):
@@ -83,7 +84,7 @@ class SharedRows:
         self.layout = layout
         self._memory, self._pin = memory, pin
         self._ready: set[int] = set()
-        self._unpin: list[Callable[[], Any]] = []
+        self._unpin: dict[int, Callable[[], Any]] = {}  # by slot
         self.sent = [self._part(2 * slot) for slot in range(layout.slots)]
         self.answered = [self._part(2 * slot + 1) for slot in range(layout.slots)]
 
@@ -97,17 +98,20 @@ class SharedRows:
             except OSError as e:
                 if e.errno in (errno.ENOMEM, errno.EFAULT):  # else an older kernel: memory comes as it is touched
                     return False
-            if self._pin is not None:
-                # The part keeps the memory mapped until it is undone, at the latest when this object is collected.
-                undo = weakref.finalize(self, self._pin(np.frombuffer(self._memory, np.uint8, size, start)))
+            # The part keeps the memory mapped until it is undone, at the latest when this object is collected.
+            if self._pin and (unpin := self._pin(np.frombuffer(self._memory, np.uint8, size, start))) is not None:
+                self._unpin[slot] = undo = weakref.finalize(self, unpin)
                 undo.atexit = False
-                self._unpin.append(undo)
             self._ready.add(slot)
         return True
 
+    def is_pinned(self, slot: int) -> bool:
+        """Whether a GPU can use the slot's memory as its own."""
+        return slot in self._unpin
+
     def close(self) -> None:
         """No GPU reads or writes here any more, and none will."""
-        for undo in self._unpin:
+        for undo in self._unpin.values():
             undo()
 
     @classmethod

@@ -43,7 +43,8 @@ class Scratch:
 
 
 class Buffers:
-    """What one micro-batch keeps between segments. `outputs` lie as they arrived, `index` says where each is."""
+    """What one micro-batch keeps between segments. `addresses` says where each output of an expert is, `outputs` or
+    elsewhere; `host_inputs` are what servers are sent."""
 
     def __init__(self, config: MoEModelConfig, limits: Limits, tile_rows: int, device: torch.device) -> None:
         rows, pinned = limits.rows, device.type == "cuda"
@@ -52,8 +53,9 @@ class Buffers:
         self.tables = RowTables(rows, limits.pages, tile_rows, device)
         self.inputs = torch.zeros(rows, config.hidden_size, dtype=COMPUTE_DTYPE, device=device)
         self.outputs = torch.zeros(rows * config.top_k, config.hidden_size, dtype=COMPUTE_DTYPE, device=device)
-        self.index = torch.full((rows * config.top_k,), -1, dtype=torch.int32, device=device)
-        self.host_index = torch.full((rows * config.top_k,), -1, dtype=torch.int32, pin_memory=pinned)
+        self.addresses = torch.zeros(rows * config.top_k, dtype=torch.int64, device=device)
+        self.host_addresses = torch.zeros(rows * config.top_k, dtype=torch.int64, pin_memory=pinned)
+        self.host_inputs = torch.zeros(rows, config.hidden_size, dtype=COMPUTE_DTYPE, pin_memory=pinned)
         self.host_ids = torch.zeros(rows, config.top_k, dtype=torch.int64, pin_memory=pinned)
 
 

@@ -88,9 +88,11 @@ class Connection:
         """The next message, if one is waiting."""
         return transport.try_receive(self.socket)
 
-    def pack(self, d: Dispatch, rows: ExpertRows) -> Frames:
-        """The dispatch's rows to a slot of shared memory, where that is possible: the frames that are then to be sent,
-        once `rows` have settled."""
+    def send(self, d: Dispatch, rows: ExpertRows) -> bool:
+        """Send, without blocking, the dispatch's rows: by way of a slot of shared memory, where that is possible."""
+        return transport.try_send(self.socket, self._pack(d, rows))
+
+    def _pack(self, d: Dispatch, rows: ExpertRows) -> Frames:
         router, slot = self._router, self._take_slot(len(d.experts))
         if self._shared is not None and slot != INLINE:
             self._slot_of[d.seq] = slot
@@ -104,14 +106,10 @@ class Connection:
         message = DispatchMessage(router, d.seq, d.layer, d.prefill, pairs, self._dtype, *sent.shape)
         return [protocol.encode(message), memoryview(sent).cast("B")]  # type: ignore[arg-type]
 
-    def send(self, frames: Frames) -> bool:
-        """Send, without blocking."""
-        return transport.try_send(self.socket, frames)
-
     def _take_slot(self, pairs: int) -> int:
         """A free slot that holds so many rows, and has memory."""
         if self._shared is not None and pairs <= self._shared.layout.rows:
-            while self._reading and self._reading[0][0].query():
+            while self._reading and self._reading[0][0]() is None:
                 self._free_slots.append(self._reading.popleft()[1])
             while self._free_slots:
                 slot = self._free_slots.pop()
@@ -131,6 +129,10 @@ class Connection:
             self._free_slots.append(slot)
         else:
             self._reading.append((reading, slot))
+
+    def memory_of(self, slot: int) -> SharedRows | None:
+        """What a GPU can read the rows of this slot in, for as long as it is held; None where it cannot."""
+        return self._shared if self._shared is not None and self._shared.is_pinned(slot) else None
 
     def rows_of(self, reply: Reply, slot: int, tensor: memoryview | None) -> np.ndarray:
         """The rows of a reply to a dispatch in `slot`, [rows, hidden_size], good until that is released.
@@ -152,11 +154,9 @@ class Connection:
         self.watch.close()
         self.socket.close()
         self._withdraw()
-        if self._shared is not None:
-            for reading, _ in self._reading:
-                reading.synchronize()
+        if self._shared is not None and all(reading() is None for reading, _ in self._reading):
             self._shared.close()
-            self._shared = None
+        self._shared = None  # whoever still reads there holds it, and it closes when that lets go
 
     def _withdraw(self) -> None:
         if self._offer is not None:

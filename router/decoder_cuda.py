@@ -1,10 +1,9 @@
 """The decoder of the Mixtral and Qwen3-MoE families on a GPU, split at each MoE layer; bf16 weights, fp32 residual.
 
 The same steps and the same promise as `router.decoder`: a row's bits depend on its sequence's tokens alone. Everything
-between two expert layers is one *segment*: experts' outputs into the residual, norm, attention, norm, gate. Inputs and
-outputs of experts stay on the device (`router.expert_rows_cuda`); per layer the experts' ids go to the host, and the
-order in which outputs came to the device. Segments of decode steps run as CUDA graphs, their row counts padded to those
-of `GRAPH_ROWS`.
+between two expert layers is one *segment*: experts' outputs into the residual, norm, attention, norm, gate. It begins
+with a read of the outputs where servers put them (`router.expert_rows_cuda`), and ends with the experts' ids and inputs
+on the host. Segments of decode steps run as CUDA graphs, their row counts padded to those of `GRAPH_ROWS`.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from triton import next_power_of_2
 
+from kernels.graphs import Graphs
 from kernels.tensors import as_tensor
 from kernels.triton_attention import SPLIT_KEYS, prefill_tile_rows
-from kernels.triton_combine import add_combined
+from kernels.triton_combine import add_combined_at
 from kernels.triton_gate import choose_experts
 from kernels.triton_linear import Linear
 from kernels.triton_rms_norm import rms_norm
@@ -28,7 +28,6 @@ from router.attention_plan import SequenceChunk
 from router.buffers_cuda import COMPUTE_DTYPE, Buffers, Limits, Scratch, Step
 from router.decoder import ATTENTION_WEIGHTS, HEAD, HEAD_NORMS
 from router.expert_rows_cuda import DeviceRows
-from router.graphs_cuda import Graphs
 from router.kv_cache_cuda import KVCache
 from router.micro_batch_cuda import MicroBatch
 from router.model_config import MoEModelConfig
@@ -114,32 +113,28 @@ class Decoder:
         splits = next_power_of_2(buffers.tables.splits)  # few shapes, so few graphs
         step = Step(buffers, padded, buffers.tables.paged_rows(padded, splits))
         pairs = rows * config.top_k
-        index = buffers.host_index[: padded * config.top_k].numpy()
-        expert_rows = DeviceRows(buffers.inputs[:rows], buffers.outputs[:pairs], index)
+        addresses = buffers.host_addresses[: padded * config.top_k]
+        expert_rows = DeviceRows(buffers.host_inputs[:rows], buffers.outputs[:pairs], addresses)
         mb = MicroBatch(step, rows, buffers.host_ids[:rows], expert_rows)
         weakref.finalize(mb, self._idle.append, buffers)
         return mb
 
     def until_experts(self, mb: MicroBatch) -> None:
         """Up to the gate of layer `mb.layer`: fills the experts' inputs and `topk_ids`. Waits for the GPU."""
-        step, layer = mb.step, mb.layer
-        if layer:
-            self._fetch_index(step)
-        self._run_segment(step, layer)
-        step.buffers.host_ids[: step.padded].copy_(self._scratch.ids[: step.padded], non_blocking=True)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        self._run_segment(mb.step, mb.layer)
+        self._wait()
         mb.device_rows.begin_layer()
 
     def after_experts(self, mb: MicroBatch) -> None:
-        """The outputs of the layer's experts are there, or on their way; the next segment takes them up."""
+        """The outputs of the layer's experts are there; the next segment reads them."""
         mb.layer += 1
 
     def logits(self, mb: MicroBatch, rows: list[int]) -> torch.Tensor:
         """Logits [len(rows), vocab] float32, on the device, of the given rows, after the last layer."""
-        self._fetch_index(mb.step)
         self._combine(mb.step)
-        return self._logits(mb.step, rows)
+        logits = self._logits(mb.step, rows)
+        self._wait()  # what the outputs lie in is free after this
+        return logits
 
     def _logits(self, step: Step, rows: list[int]) -> torch.Tensor:
         chosen = step.residual.index_select(0, torch.tensor(rows, device=self.device))
@@ -160,25 +155,33 @@ class Decoder:
 
     # --- segments ---
 
-    def _fetch_index(self, step: Step) -> None:
-        pairs = step.padded * self.config.top_k
-        step.buffers.index[:pairs].copy_(step.buffers.host_index[:pairs], non_blocking=True)
-
     def _run_segment(self, step: Step, layer: int) -> None:
         def body() -> None:
             if layer:
                 self._combine(step)
             self._segment(step, layer)
+            self._fetch_choice(step)
 
         if step.padded in self._graph_rows and not step.paged.tiles.shape[0]:
             self._graphs.run((id(step.buffers), step.padded, step.paged.splits, layer), body)
         else:
             body()
 
+    def _fetch_choice(self, step: Step) -> None:
+        """The experts' inputs, and what the gate chose, to the host."""
+        buffers, rows = step.buffers, step.padded
+        buffers.host_inputs[:rows].copy_(step.inputs, non_blocking=True)
+        buffers.host_ids[:rows].copy_(self._scratch.ids[:rows], non_blocking=True)
+
     def _combine(self, step: Step) -> None:
         """Experts' outputs, weighted, onto the residual."""
-        index = step.buffers.index[: step.padded * self.config.top_k]
-        add_combined(step.residual, step.buffers.outputs, step.topk_weights, index)
+        pairs = step.padded * self.config.top_k
+        addresses = step.buffers.addresses[:pairs].copy_(step.buffers.host_addresses[:pairs], non_blocking=True)
+        add_combined_at(step.residual, addresses, step.topk_weights)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def _segment(self, step: Step, layer_index: int) -> None:
         """Attention and gate of a layer."""

@@ -19,7 +19,6 @@ from moering.errors import ProtocolError
 from moering.expert_frames import Reply
 from moering.protocol import Failed, Hello, MemberInfo, NotHere, Refused, View, Welcome
 from moering.shared_rows import Pin
-from moering.transport import Frames
 from router.connection import Connection
 from router.dispatch import Dispatcher
 from router.expert_rows import ExpertRows, Reading
@@ -260,37 +259,28 @@ class Exchange:
         except ProtocolError as e:
             self._lose(connection, f"a bad reply ({e})", REFUSED_RETRY_S)
             return
-        connection.release(slot, self._take_in(d, rows) if d.wanted else None)
+        connection.release(slot, self._take_in(d, rows, connection.memory_of(slot)) if d.wanted else None)
         self._do(self.dispatcher.replied(d, self._clock()))
 
-    def _take_in(self, d: Dispatch, rows: np.ndarray) -> Reading | None:
+    def _take_in(self, d: Dispatch, rows: np.ndarray, memory: object | None) -> Reading | None:
         expert_rows = self._micro_batches[d.work].expert_rows
         if d.open is None:
-            return expert_rows.put(d.slots, rows)
+            return expert_rows.put(d.slots, rows, memory)
         return expert_rows.put(d.slots[d.open], rows[d.open])  # another replica was faster with the rest
 
     def _do(self, instructions: list[Instruction]) -> None:
-        copied: list[tuple[Connection, Frames, ExpertRows]] = []  # by a GPU, which takes its time
         for i in instructions:
             if isinstance(i, Send):
                 d = i.dispatch
                 connection, rows = self._connections[d.server], self._micro_batches[d.work].expert_rows
-                frames = connection.pack(d, rows)
-                if rows.at_once:
-                    # A failed send needs no answer here: the connection is lost, which will bring the dispatch back.
-                    connection.send(frames)
-                else:
-                    copied.append((connection, frames, rows))
+                # A failed send needs no answer here: the connection is lost, which will bring the dispatch back.
+                connection.send(d, rows)
             elif isinstance(i, Poisoned):
                 self._poisoned.setdefault(i.work, []).append(i.rows)
             elif isinstance(i, Complete):
                 poisoned = self._poisoned.pop(i.work, [np.empty(0, np.int64)])
                 mb = self._micro_batches.pop(i.work)
                 self._finished.append(Finished(mb, i.missing, i.deaths, np.concatenate(poisoned)))
-        if copied:
-            copied[0][2].settle()  # all of them run on one stream
-        for connection, frames, _ in copied:
-            connection.send(frames)
 
     def _lose(self, connection: Connection, why: str, retry_s: float = RETRY_S) -> None:
         server, now = connection.server_id, self._clock()

@@ -10,40 +10,34 @@ from router.instructions import Dispatch
 
 
 class Reading(Protocol):
-    """Something still reads the memory that it was given; a `torch.cuda.Event`."""
+    """Something still reads the memory that it was given; a `weakref.ref`."""
 
-    def query(self) -> bool:
-        """Whether that is over."""
-        ...
-
-    def synchronize(self) -> None:
-        """Wait until it is."""
+    def __call__(self) -> object | None:
+        """None when that is over."""
         ...
 
 
 class ExpertRows(Protocol):
     """Of one micro-batch. Rows are arrays of the types in `moering.shared_rows.ARRAYS`."""
 
-    at_once: bool
-    """Whether what `pack` writes is there when it returns; else only after `settle`."""
-
     def pack(self, d: Dispatch, out: np.ndarray) -> tuple[int, bytes]:
         """Write the rows of a dispatch to `out` [at least its pairs, hidden]: how many, and its message's `pairs`."""
-        ...
-
-    def settle(self) -> None:
-        """Wait until everything that was packed, of whatever micro-batch, is there."""
         ...
 
     def frame(self, d: Dispatch, dtype: str) -> np.ndarray:
         """The rows of a dispatch, each once, as a contiguous array to be sent as it is."""
         ...
 
-    def put(self, slots: np.ndarray, rows: np.ndarray) -> Reading | None:
+    def put(self, slots: np.ndarray, rows: np.ndarray, memory: object | None = None) -> Reading | None:
         """The outputs of these slots (int64 [pairs]) have come, `rows` [pairs, hidden]; once for each in a layer.
 
-        None: they have been read.
+        `memory` keeps them where they are for as long as it is held, and a GPU can read them there; without it they are
+        there until this returns. None: they have been read.
         """
+        ...
+
+    def keep(self) -> None:
+        """What has come so far will be read much later: have it elsewhere."""
         ...
 
     def clear(self, slots: np.ndarray) -> None:
@@ -53,8 +47,6 @@ class ExpertRows(Protocol):
 
 class HostRows:
     """Rows in host memory: `hidden` float32 [n, hidden], `output` float32 [n × k, hidden]."""
-
-    at_once = True
 
     def __init__(self, hidden: np.ndarray, output: np.ndarray) -> None:
         """Arrays that share memory with the micro-batch's tensors."""
@@ -66,16 +58,16 @@ class HostRows:
         self._hidden.take(d.pair_rows, 0, out[:pairs], "clip")
         return pairs, d.experts.astype(np.uint16).tobytes()
 
-    def settle(self) -> None:
-        """All is there."""
-
     def frame(self, d: Dispatch, dtype: str) -> np.ndarray:
         """See `ExpertRows`; float32, which is all that this side asks for."""
         return self._hidden if len(d.rows) == len(self._hidden) else self._hidden[d.rows]
 
-    def put(self, slots: np.ndarray, rows: np.ndarray) -> None:
+    def put(self, slots: np.ndarray, rows: np.ndarray, memory: object | None = None) -> None:
         """See `ExpertRows`."""
         self._output[slots] = rows
+
+    def keep(self) -> None:
+        """It is."""
 
     def clear(self, slots: np.ndarray) -> None:
         """See `ExpertRows`; what lies there was never written."""

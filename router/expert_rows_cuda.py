@@ -2,80 +2,92 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import torch
 
 from kernels.tensors import rows_tensor
 from router.instructions import Dispatch
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 class DeviceRows:
-    """See `router.expert_rows.ExpertRows`. Outputs lie in the order of their arrival; `index` tells where each is.
+    """See `router.expert_rows.ExpertRows`. `addresses` tells where each output is.
 
-    All copies run on the current stream, before the next segment, which reads what they bring.
+    The next segment reads outputs where they came, in memory that servers share; those that come otherwise are copied
+    to the device, on the current stream, before that segment.
     """
 
-    at_once = False
-
-    def __init__(self, inputs: torch.Tensor, outputs: torch.Tensor, index: np.ndarray) -> None:
-        """`inputs` bf16 [n, hidden] and `outputs` bf16 [n × k, hidden] on the device; `index` int32 [n × k or more] in
-        pinned memory: the row of `outputs` that each slot has, -1 while it has none."""
-        self._inputs, self._outputs, self._index = inputs, outputs, index
-        self._filled = 0  # rows of `outputs`
+    def __init__(self, inputs: torch.Tensor, outputs: torch.Tensor, addresses: torch.Tensor) -> None:
+        """`inputs` bf16 [n, hidden] on the host; `outputs` bf16 [n × k, hidden] on the device, for those that are
+        copied; `addresses` int64 [n × k or more] on the host: where the row of each slot is, 0 while it has none."""
+        self._inputs = (inputs.view(torch.int16) if inputs.dtype == torch.bfloat16 else inputs).numpy()
+        self._outputs, self._addresses = outputs, addresses.numpy()
+        self._row_bytes = outputs.stride(0) * outputs.element_size()
+        self.begin_layer()
 
     def begin_layer(self) -> None:
-        """Forget the outputs of the layer before; nothing may read `index` any more."""
-        self._index.fill(-1)
-        self._filled = 0
+        """Forget the outputs of the layer before; nothing may read them or `addresses` any more."""
+        self._addresses.fill(0)
+        self._filled = 0  # rows of `outputs`
+        self._there = _There()
 
     def pack(self, d: Dispatch, out: np.ndarray) -> tuple[int, bytes]:
         """Each row once: all of the micro-batch's as they lie, unless that is more than there are pairs."""
         every = len(self._inputs) <= len(d.experts)
-        rows, local = (self._inputs, d.pair_rows.astype("<u2")) if every else (self._chosen(d), d.local_rows())
-        copy_rows(rows_tensor(out[: len(rows)]), rows)
+        rows, local = (self._inputs, d.pair_rows.astype("<u2")) if every else (self._inputs[d.rows], d.local_rows())
+        if out.dtype == np.int16:
+            out[: len(rows)] = rows
+        else:
+            rows_tensor(out[: len(rows)]).copy_(rows_tensor(rows))
         return len(rows), local.tobytes() + d.experts.astype(np.uint16).tobytes()
 
-    def settle(self) -> None:
-        """Wait for the stream."""
-        if self._inputs.is_cuda:
-            torch.cuda.current_stream().synchronize()
-
     def frame(self, d: Dispatch, dtype: str) -> np.ndarray:
-        """By way of ordinary memory."""
-        rows = self._chosen(d).to("cpu", _DTYPES[dtype])
-        return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy()
+        """See `ExpertRows`."""
+        rows = self._inputs[d.rows]
+        return rows if dtype == "bfloat16" else rows_tensor(rows).float().numpy()
 
-    def put(self, slots: np.ndarray, rows: np.ndarray) -> torch.cuda.Event | None:
-        """Start the copy, which the event ends; float32 rows are rounded to bf16."""
-        start, self._filled = self._filled, self._filled + len(slots)
-        copy_rows(self._outputs[start : self._filled], rows_tensor(rows if rows.flags.writeable else rows.copy()))
-        self._index[slots] = np.arange(start, self._filled)
-        if not self._outputs.is_cuda:
+    def put(self, slots: np.ndarray, rows: np.ndarray, memory: object | None = None) -> weakref.ref[_There] | None:
+        """See `ExpertRows`; float32 rows are rounded to bf16."""
+        if memory is None or rows.dtype != np.int16:
+            self._copy(slots, rows)
             return None
-        copied = torch.cuda.Event()
-        copied.record()
-        return copied
+        self._addresses[slots] = np.arange(len(slots)) * self._row_bytes + rows.ctypes.data
+        self._there.append((slots, rows, memory))
+        return weakref.ref(self._there)
+
+    def keep(self) -> None:
+        """See `ExpertRows`."""
+        for slots, rows, _ in self._there:
+            self._copy(slots, rows)
+        if self._outputs.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        self._there = _There()
 
     def clear(self, slots: np.ndarray) -> None:
         """See `ExpertRows`."""
-        self._index[slots] = -1
+        self._addresses[slots] = 0
 
     def take(self, whole: DeviceRows, slots: np.ndarray) -> None:
         """Have the outputs that `whole` has for these slots (int64), in their order."""
-        at = whole._index[slots]
-        there = np.flatnonzero(at >= 0)
+        whole.keep()
+        at = whole._addresses[slots]
+        there = np.flatnonzero(at)
         self.begin_layer()
-        self._filled = len(there)
-        chosen = torch.from_numpy(at[there]).to(self._outputs.device)
-        self._outputs[: self._filled] = whole._outputs.index_select(0, chosen)
-        self._index[there] = np.arange(self._filled)
+        chosen = (at[there] - whole._outputs.data_ptr()) // self._row_bytes
+        self._outputs[: len(there)] = whole._outputs.index_select(0, torch.from_numpy(chosen).to(self._outputs.device))
+        self._point_at_outputs(there)
 
-    def _chosen(self, d: Dispatch) -> torch.Tensor:
-        return self._inputs.index_select(0, torch.from_numpy(d.rows).to(self._inputs.device))
+    def _copy(self, slots: np.ndarray, rows: np.ndarray) -> None:
+        source = rows_tensor(rows if rows.flags.writeable else rows.copy())
+        self._outputs[self._filled : self._filled + len(slots)].copy_(source)
+        self._point_at_outputs(slots)
+
+    def _point_at_outputs(self, slots: np.ndarray) -> None:
+        """These slots have the next rows of `outputs`."""
+        first, self._filled = self._filled, self._filled + len(slots)
+        self._addresses[slots] = np.arange(first, self._filled) * self._row_bytes + self._outputs.data_ptr()
 
 
-def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy between host and device; unwaited, unless the type changes on the way."""
-    target.copy_(source, non_blocking=target.dtype == source.dtype)
+class _There(list[tuple[np.ndarray, np.ndarray, object]]):
+    """Slots, their rows where they came, and what keeps them there. It lives until those have been read."""

@@ -35,6 +35,7 @@ class MicroBatch:
         on_device = rows.to(whole.step.residual.device)
         for name in ("residual", "topk_weights", "inputs"):
             getattr(self.step, name)[: self.rows] = getattr(whole.step, name).index_select(0, on_device)
+        self.step.buffers.host_inputs[: self.rows] = whole.step.buffers.host_inputs.index_select(0, rows)
         self.topk_ids.copy_(whole.topk_ids.index_select(0, rows))
         top_k = self.topk_ids.shape[1]
         slots = rows.unsqueeze(1) * top_k + torch.arange(top_k)

@@ -68,18 +68,37 @@ def pack_few(slots: np.ndarray | None, experts: np.ndarray, route: np.ndarray, t
 
 def pack_many(slots: np.ndarray | None, experts: np.ndarray, route: np.ndarray, top_k: int) -> list[Packet]:
     """`pack` with arrays."""
-    slots = np.arange(len(experts)) if slots is None else slots
-    chosen = experts[slots]
-    return pack_for(slots, chosen, route[chosen], top_k)
+    chosen = experts if slots is None else experts[slots]
+    n = len(route)
+    keys = (route.astype(np.int64) + 1) * n + np.arange(n)  # of each expert: what its pairs are sorted by
+    if int(keys.max()) < 1 << 16:
+        keys = keys.astype(np.uint16)  # numpy sorts these in a quarter of the time
+    return _cut_sorted(slots, chosen, keys[chosen], n, top_k)
 
 
 def pack_for(slots: np.ndarray, chosen: np.ndarray, servers: np.ndarray, top_k: int) -> list[Packet]:
     """The packets for `slots`, given the expert and the server of each; int [slots] all three."""
-    servers = servers.astype(np.int64)
-    order = (servers * (int(chosen.max(initial=0)) + 1) + chosen).argsort(kind="stable")
-    slots, chosen, servers = slots[order], chosen[order], servers[order]
-    starts = [0, *(np.flatnonzero(servers[1:] != servers[:-1]) + 1).tolist(), len(servers)]
-    return [_packet(int(servers[a]), slots[a:b], chosen[a:b], top_k) for a, b in pairwise(starts)]
+    n = int(chosen.max(initial=0)) + 1
+    return _cut_sorted(slots, chosen, (servers.astype(np.int64) + 1) * n + chosen, n, top_k)
+
+
+def _cut_sorted(slots: np.ndarray | None, chosen: np.ndarray, keys: np.ndarray, n: int, top_k: int) -> list[Packet]:
+    """The packets, given the expert and the key of each slot: key = (server + 1) × n + expert."""
+    order = keys.argsort(kind="stable")
+    keys, chosen = keys[order], chosen[order]
+    slots = order if slots is None else slots[order]
+    pair_rows = slots // top_k
+    starts = np.zeros(1 + np.count_nonzero(other := keys[1:] != keys[:-1]), np.int64)  # of each expert's pairs
+    starts[1:] = other.nonzero()[0] + 1
+    servers = keys[starts] // n
+    cuts = [0, *((servers[1:] != servers[:-1]).nonzero()[0] + 1).tolist()]  # of each server's experts
+    packets = []
+    for first, after in pairwise([*cuts, len(starts)]):
+        part = slice(int(starts[first]), int(starts[after]) if after < len(starts) else len(slots))
+        mine = pair_rows[part]
+        rows = np.bincount(mine).nonzero()[0]
+        packets.append(Packet(int(servers[first]) - 1, slots[part], chosen[part], rows, mine, after - first))
+    return packets
 
 
 def split(packet: Packet, max_pairs: int, top_k: int) -> list[Packet]:
@@ -93,10 +112,8 @@ def split(packet: Packet, max_pairs: int, top_k: int) -> list[Packet]:
 
 def _packet(server: int, slots: np.ndarray, experts: np.ndarray, top_k: int) -> Packet:
     pair_rows = slots // top_k
-    seen = np.zeros(int(pair_rows.max()) + 1, bool)
-    seen[pair_rows] = True
     distinct = 1 + int(np.count_nonzero(experts[1:] != experts[:-1]))
-    return Packet(server, slots, experts, np.flatnonzero(seen), pair_rows, distinct)
+    return Packet(server, slots, experts, np.bincount(pair_rows).nonzero()[0], pair_rows, distinct)
 
 
 def _cut(

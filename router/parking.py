@@ -46,6 +46,7 @@ class Parking:
     def park(self, flight: Flight, missing: np.ndarray, deaths: np.ndarray, now_s: float) -> Flight | None:
         """`missing` slots of this flight have no live replica."""
         flight.missing, flight.missing_deaths, flight.was_parked = missing, deaths, True
+        flight.expert_rows.keep()  # it may wait for long, and servers have few slots for answers
         if flight.waits_since_s is None:
             flight.waits_since_s = now_s
             requests = len(flight.sequences_of(flight.missing_rows))

@@ -45,7 +45,7 @@ def test_memory_is_pinned_and_kept_until_that_is_undone(monkeypatch: pytest.Monk
     undo = pinning.pin(memory)
     del memory
     gc.collect()
-    assert alive() is not None and runtime.pinned == {address: 4096}
+    assert undo is not None and alive() is not None and runtime.pinned == {address: 4096}
     undo()
     del undo
     gc.collect()
@@ -59,7 +59,7 @@ def test_what_cannot_be_pinned_is_used_as_it_is(
     pinning._say_that_it_failed.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            pinning.pin(np.zeros(4096, np.uint8))()
+            assert pinning.pin(np.zeros(4096, np.uint8)) is None
     assert runtime.pinned == {} and len(caplog.records) == 1
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from kernels import reference
+from kernels.pinning import pin
 from kernels.triton_attention import PAGE_KEYS
-from kernels.triton_combine import add_combined
+from kernels.triton_combine import add_combined, add_combined_at
 from kernels.triton_gate import choose_experts
 from kernels.triton_rms_norm import rms_norm
 from kernels.triton_rotary import Rotary
@@ -82,22 +84,43 @@ def test_experts_are_added_in_top_k_order(dtype: torch.dtype) -> None:
     expected = residual.clone()
     for slot in range(4):
         expected += weights[:, slot, None] * pair_rows.float().view(3, 4, -1)[:, slot]
-    index = torch.randperm(15, generator=torch.Generator().manual_seed(4))[:12].int().to(DEVICE)
-    scattered = torch.full((15, 72), float("nan"), dtype=dtype, device=DEVICE)
-    scattered[index.long()] = pair_rows
-    again = residual.clone()
     add_combined(residual, pair_rows, weights)
     assert torch.equal(residual, expected)
-    add_combined(again, scattered, weights, index)
-    assert torch.equal(again, expected)
+
+
+def test_experts_are_added_from_wherever_they_lie() -> None:
+    residual, pair_rows, weights = random(3, 72), random(12, 72, seed=2).bfloat16(), random(3, 4, seed=3).abs()
+    expected = residual.clone()
+    add_combined(expected, pair_rows, weights)
+    at = torch.randperm(15, generator=torch.Generator().manual_seed(4))[:12].to(DEVICE)
+    scattered = torch.full((15, 72), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    scattered[at] = pair_rows
+    add_combined_at(residual, scattered.data_ptr() + at * 144, weights)
+    assert torch.equal(residual, expected)
+
+
+def test_experts_are_added_from_memory_of_the_host() -> None:
+    residual, pair_rows, weights = random(3, 72), random(12, 72, seed=2).bfloat16(), random(3, 4, seed=3).abs()
+    expected = residual.clone()
+    add_combined(expected, pair_rows, weights)
+    memory = np.zeros(3 * 4096, np.uint8)
+    start = -memory.ctypes.data % 4096
+    page = memory[start : start + 4096]
+    undo = pin(page) if DEVICE == "cuda" else int
+    assert undo is not None
+    page[: 12 * 144] = pair_rows.cpu().view(torch.uint8).numpy().reshape(-1)
+    add_combined_at(residual, page.ctypes.data + torch.arange(12, device=DEVICE) * 144, weights)
+    assert torch.equal(residual, expected)
+    undo()
 
 
 def test_what_has_no_place_counts_as_zeros() -> None:
-    residual, pair_rows, weights = random(2, 72), random(3, 72, seed=2), random(2, 2, seed=3).abs()
+    residual, pair_rows, weights = random(2, 72), random(3, 72, seed=2).bfloat16(), random(2, 2, seed=3).abs()
     expected = residual.clone()
-    expected[0] += weights[0, 1] * pair_rows[2]
-    expected[1] += weights[1, 0] * pair_rows[0]
-    add_combined(residual, pair_rows, weights, torch.tensor([-1, 2, 0, -1], dtype=torch.int32, device=DEVICE))
+    expected[0] += weights[0, 1] * pair_rows[2].float()
+    expected[1] += weights[1, 0] * pair_rows[0].float()
+    first = pair_rows.data_ptr()
+    add_combined_at(residual, torch.tensor([0, first + 288, first, 0], device=DEVICE), weights)
     assert torch.equal(residual, expected)
-    with pytest.raises(ValueError, match="int32 index of 4 pairs"):
-        add_combined(residual, pair_rows, weights, torch.tensor([0, 1], dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match="int64 addresses of 4 pairs"):
+        add_combined_at(residual, torch.tensor([0, 1], device=DEVICE), weights)

@@ -1,5 +1,6 @@
 """The exchange over real sockets, with compute threads that can be killed between receive and reply."""
 
+import ctypes
 import os
 import time
 from pathlib import Path
@@ -15,7 +16,6 @@ from moering import protocol, transport
 from moering.expert_frames import INLINE, ITEM_BYTES, Reply
 from moering.protocol import Hello, MemberInfo, View
 from moering.shared_rows import MAX_BYTES, SLOT_BYTES, SLOTS, Layout, SharedRows
-from router.connection import Connection
 from router.exchange import HANDSHAKE_S, Exchange
 from router.expert_rows import HostRows
 from router.expert_rows_cuda import DeviceRows
@@ -141,14 +141,15 @@ def test_rows_travel_and_results_land_in_their_slots(harness, servers):
     assert (rows.output == rows.expected()).all()
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("way", ["frames", "slots", "pinned slots"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_on_a_device_travel_in_the_type_that_both_ends_agree_on(tmp_path, monkeypatch, dtype, shared):
+def test_rows_on_a_device_travel_in_the_type_that_both_ends_agree_on(tmp_path, monkeypatch, dtype, way):
     """A router that asks for bf16, with servers that compute in it, and with ones that do not."""
+    shared = way != "frames"
     if not shared:
         monkeypatch.setattr(SharedRows, "open", lambda *args: None)
     servers = [Server(tmp_path, n).serve(dtype) for n in "ab"]
-    harness = Harness("bfloat16")
+    harness = Harness("bfloat16", pin=(lambda memory: lambda: None) if way == "pinned slots" else None)
     harness.view(*servers)
     harness.connected(*servers)
     for layer in range(LAYERS):
@@ -156,50 +157,13 @@ def test_rows_on_a_device_travel_in_the_type_that_both_ends_agree_on(tmp_path, m
         harness.exchange.submit(rows)
         harness.finish()
         assert torch.equal(rows.outputs(), torch.from_numpy(rows.expected()).bfloat16())
+        in_place = way == "pinned slots" and dtype == "bfloat16"
+        assert bool(rows.copied().isnan().all()) is in_place
     slots = f"{SLOTS} slots of {SLOT_BYTES // (ITEM_BYTES[dtype] * HIDDEN)}" if shared else "no shared memory"
     assert {c.terms for c in harness.exchange._connections.values()} == {f"{dtype} rows, {slots}"}
     harness.exchange.close()
     for server in servers:
         server.die()
-
-
-class DeferredRows(HostRows):
-    """What is packed is there when somebody waits for it, as copies of a GPU are."""
-
-    at_once = False
-
-    def __init__(self, hidden, output, log):
-        super().__init__(hidden, output)
-        self._log, self._copies = log, []
-
-    def pack(self, d, out):
-        self._log.append("packed")
-        self._copies.append((d, out))
-        return len(d.experts), d.experts.astype(np.uint16).tobytes()
-
-    def settle(self):
-        self._log.append("settled")
-        for d, out in self._copies:
-            super().pack(d, out)
-
-
-def test_servers_hear_of_rows_when_all_copies_to_them_are_over(harness, servers, monkeypatch):
-    a, b = (s.serve() for s in servers)
-    harness.view(a, b)
-    harness.connected(a, b)
-    rows, log, send = Rows(IDS), [], Connection.send
-    deferred = DeferredRows(rows.hidden, rows.output, log)
-
-    def logged_send(self, frames):
-        log.append("sent")
-        return send(self, frames)
-
-    monkeypatch.setattr(Rows, "expert_rows", deferred)
-    monkeypatch.setattr(Connection, "send", logged_send)
-    harness.exchange.submit(rows)
-    assert log == ["packed", "packed", "settled", "sent", "sent"]
-    harness.finish()
-    assert (rows.output == rows.expected()).all()
 
 
 class DeviceRowsOf(Rows):
@@ -210,15 +174,19 @@ class DeviceRowsOf(Rows):
         inputs = torch.from_numpy(self.hidden).bfloat16()
         self.hidden = inputs.float().numpy()
         self._outputs = torch.full((self.ids.size, HIDDEN), float("nan"), dtype=torch.bfloat16)
-        self._index = np.full(self.ids.size, -1, np.int32)
-        self._device_rows = DeviceRows(inputs, self._outputs, self._index)
+        self._addresses = torch.zeros(self.ids.size, dtype=torch.int64)
+        self._device_rows = DeviceRows(inputs, self._outputs, self._addresses)
 
     @property
     def expert_rows(self):
         return self._device_rows
 
+    def copied(self):
+        return self._outputs
+
     def outputs(self):
-        return self._outputs[torch.from_numpy(self._index)]
+        rows = [(ctypes.c_int16 * HIDDEN).from_address(a) for a in self._addresses.tolist()]
+        return torch.from_numpy(np.array(rows, np.int16)).view(torch.bfloat16)
 
 
 def test_without_shared_memory_rows_travel_in_frames(harness, servers, monkeypatch):

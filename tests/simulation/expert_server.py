@@ -167,7 +167,8 @@ class ExpertServer(Member):
 
     def _answer(self, group: Group, ends: dict[int, End], replies: list) -> None:
         layer = group.requests[0].message.layer
-        missing = {e for e in group.experts if self.residency.get(layer, e) is None}
+        found = self.residency.find(layer, group.experts)
+        missing = {e for e, expert in zip(group.experts, found, strict=True) if expert is None}
         if missing:
             rest = []
             for r in group.requests:
