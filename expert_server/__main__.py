@@ -35,6 +35,7 @@ from moering.drain import experts_are_elsewhere, nobody_needs, told_to_drain
 from moering.errors import ConfigError, HandshakeError, MoeringError
 from moering.leader import finder
 from moering.lease import LeaseClient
+from moering.lease_session import LeaseSession
 from moering.priority import at_low_priority
 from moering.process import incarnation, install_signal_handlers, run_main
 from moering.protocol import Held, Lease, Leave, MemberInfo, Register, View
@@ -62,7 +63,8 @@ class ExpertServer:
         self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
         self.routers = Connections(socket)
         self.service = Service(socket, self.id, self.incarnation, config.credit_rows, self.residency)
-        self.lease = LeaseClient(coordinator, self._register, self._lease, self._on_view, self._on_refused)
+        session = LeaseSession(self._register, self._lease, self._on_view, self._on_refused)
+        self.lease = LeaseClient(coordinator, session)
         pace = Pace(
             config.share_of_core(), config.expert_s(self.checkpoint.expert_bytes), lambda: self.service.calls
         )  # fmt: skip

@@ -12,6 +12,7 @@ from gateway.services import Services
 from moering.drain import told_to_drain
 from moering.leader import finder
 from moering.lease import LeaseClient
+from moering.lease_session import LeaseSession
 from moering.protocol import Lease, Leave, Register, View
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ async def joined(services: Services, on_refused: Callable[[], None]) -> AsyncIte
         loop.call_soon_threadsafe(services.admin.take, message)
 
     coordinator = finder(services.config.join, services.config.membership)
-    client = LeaseClient(coordinator, register, lease, on_view, refused, on_message)
+    client = LeaseClient(coordinator, LeaseSession(register, lease, on_view, refused, on_message))
     client.start()
     services.admin.send = client.send
     ticker = asyncio.create_task(progress.run())

@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -37,8 +36,14 @@ FLUSH_S = 2.0
 
 async def serve(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; the exit status."""
-    stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    handle_signals(lambda: _resolve(stop, 0))
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[int] = loop.create_future()
+
+    def on_signal() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends already
+            loop.call_soon_threadsafe(_resolve, stop, 0)
+
+    process.install_signal_handlers(on_signal)
     model = load_model(config.checkpoint, config.served_model_name, config.max_model_len_tokens)
     listener = listen(config.host, config.port) if config.listen_fd < 0 else inherited(config.listen_fd)
     # Views keep coming until the last stream has ended: a router may die during a drain, too.
@@ -151,20 +156,6 @@ def _own(config: Config, port: int) -> MemberInfo:
     return MemberInfo(
         "gateway", config.server_id, process.incarnation(), address, os.getpid(), "JOINING", config.zone, 0, 0
     )
-
-
-def handle_signals(on_stop: Callable[[], None]) -> None:
-    """The first SIGTERM or SIGINT begins to drain, a second one ends the process at once."""
-    received: list[int] = []
-
-    def handle(signum: int) -> None:
-        received.append(signum)
-        if len(received) > 1:
-            os._exit(128 + signum)
-        on_stop()
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, handle, signum)
 
 
 def _resolve(future: asyncio.Future[int], status: int) -> None:

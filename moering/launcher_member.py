@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from moering.leader import Finder
 from moering.lease import LeaseClient
+from moering.lease_session import LeaseSession
 from moering.process import incarnation
 from moering.protocol import Lease, Leave, MemberInfo, Operation, Register, View
 from moering.supervisor import Command, Supervisor
@@ -31,7 +32,8 @@ class LauncherMember:
         def on_view(view: View) -> None:
             loop.call_soon_threadsafe(self._apply, view)
 
-        self._client = LeaseClient(coordinator, self._register, self._lease, on_view, self._on_refused)
+        session = LeaseSession(self._register, self._lease, on_view, self._on_refused)
+        self._client = LeaseClient(coordinator, session)
         self._client.start()
 
     def close(self) -> None:

@@ -12,7 +12,6 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -22,7 +21,6 @@ from moering.cluster_key import REFUSALS, say_seldom
 from moering.errors import ProtocolError
 from moering.leader import Finder, Seat
 from moering.lease_session import LeaseSession
-from moering.protocol import Lease, Register, View
 
 logger = logging.getLogger(__name__)
 
@@ -34,23 +32,13 @@ BROKEN_OFF = (errno.EPIPE, errno.ECONNRESET)
 class LeaseClient(threading.Thread):
     """Keeps one process a member of the cluster. A coordinator with another cluster key is tried again and again.
 
-    `register` and `lease` return the message as of now; `on_view` gets each newer view and `on_refused` a refusal for
-    good, `on_message` what else the coordinator says, all on this thread. `renew` may be called from any thread when
-    something urgent changed.
+    The callbacks of `session` are called on this thread. `renew` may be called from any thread when something urgent
+    changed.
     """
 
-    def __init__(
-        self,
-        coordinator: Finder,
-        register: Callable[[], Register],
-        lease: Callable[[], Lease],
-        on_view: Callable[[View], None],
-        on_refused: Callable[[str], None],
-        on_message: Callable[[Any], None] = lambda message: None,
-    ) -> None:
+    def __init__(self, coordinator: Finder, session: LeaseSession) -> None:
         super().__init__(name="lease", daemon=True)
-        self._coordinator = coordinator
-        self._session = LeaseSession(register, lease, on_view, on_refused, on_message)
+        self._coordinator, self._session = coordinator, session
         self._wakeup = transport.Wakeup()
         self._stopping = threading.Event()
 

@@ -72,11 +72,6 @@ class Plan:
         mask: npt.NDArray[np.bool_] = (self.replicas == self.servers.index(server_id)).any(axis=2)
         return mask
 
-    def held_by(self, server_id: str) -> list[tuple[int, int]]:
-        """The (layer, expert) pairs that a server should hold, sorted."""
-        layers, experts = np.nonzero(self.mask_of(server_id))
-        return list(zip(layers.tolist(), experts.tolist(), strict=True))
-
 
 def orphans(replicas: Replicas) -> int:
     """Experts without a replica."""

@@ -11,30 +11,25 @@ from collections.abc import Iterator
 SHORT_NS = 100_000
 _SYSCALLS = {"x86_64": (314, 315), "aarch64": (274, 275)}  # sched_setattr, sched_getattr
 _ATTR = struct.Struct("<IIQiIQQQ")  # size, policy, flags, nice, priority, runtime (the slice), deadline, period
-_RUNTIME = 5
+SLICE = 5  # of these
 
 
 @contextlib.contextmanager
 def short_slice() -> Iterator[None]:
     """Give the calling thread, and the threads that it starts meanwhile, a slice of 0.1 ms. Does nothing elsewhere."""
-    before = _get()
+    before = attributes()
     if before is None:
         yield
         return
-    _set((*before[:_RUNTIME], SHORT_NS, *before[_RUNTIME + 1 :]))
+    _set((*before[:SLICE], SHORT_NS, *before[SLICE + 1 :]))
     try:
         yield
     finally:
         _set(before)
 
 
-def slice_ns(thread: int) -> int | None:
-    """The slice of a thread of this process (0: the calling one); None where there is no such thing."""
-    attributes = _get(thread)
-    return None if attributes is None else attributes[_RUNTIME]
-
-
-def _get(thread: int = 0) -> tuple[int, ...] | None:
+def attributes(thread: int = 0) -> tuple[int, ...] | None:
+    """How Linux schedules a thread of this process (0: the calling one), its slice at `SLICE`; None elsewhere."""
     numbers = _SYSCALLS.get(platform.machine())
     if platform.system() != "Linux" or numbers is None:
         return None

@@ -21,6 +21,7 @@ from moering.drain import another_serves, requests_are_elsewhere, told_to_drain
 from moering.errors import ConfigError, HandshakeError
 from moering.leader import finder
 from moering.lease import LeaseClient
+from moering.lease_session import LeaseSession
 from moering.priority import at_low_priority
 from moering.process import incarnation, install_signal_handlers, run_main
 from moering.protocol import Hello, Lease, Leave, MemberInfo, Register, View
@@ -61,7 +62,8 @@ class Router:
         )  # fmt: skip
         build = partial(build_engine, config, self.checkpoint, self.exchange, frontend, poller)
         self.engine = at_low_priority(build) if config.nice else build()
-        self.lease = LeaseClient(coordinator, self._register, self._lease, self._on_view, self._on_refused)
+        session = LeaseSession(self._register, self._lease, self._on_view, self._on_refused)
+        self.lease = LeaseClient(coordinator, session)
         self.state = "ONLINE"
         self._identity = MemberInfo(
             "router", self.id, self.incarnation, self.address, os.getpid(), self.state, config.zone, 0, 0

@@ -7,6 +7,7 @@ import pytest
 from expert_server.standby import choose, refill
 from moering.protocol import View
 from moering.ring import Member, plan
+from tests.plans import held_by
 
 LAYERS, EXPERTS, SERVERS = 2, 16, "abcd"
 
@@ -40,8 +41,8 @@ class Replicas:
 
 def test_nothing_that_is_held_already_and_no_more_than_there_is_room(planned):
     everything = choose(view_of(planned), "a", 1000)
-    assert set(everything) | set(planned.held_by("a")) == {(x, e) for x in range(LAYERS) for e in range(EXPERTS)}
-    assert not set(everything) & set(planned.held_by("a"))
+    assert set(everything) | set(held_by(planned, "a")) == {(x, e) for x in range(LAYERS) for e in range(EXPERTS)}
+    assert not set(everything) & set(held_by(planned, "a"))
     assert choose(view_of(planned), "a", 5) == everything[:5]
     assert choose(view_of(planned), "a", 0) == choose(view_of(planned), "unknown", 5) == []
 
@@ -52,7 +53,7 @@ def test_most_of_what_the_next_plan_asks_for_is_there(planned):
     for dead in SERVERS:
         after = plan(planned, [Member(s, 64) for s in SERVERS if s != dead], None, 2, layers=LAYERS, experts=EXPERTS)
         for server in after.servers:
-            new = set(after.held_by(server)) - set(planned.held_by(server))
+            new = set(held_by(after, server)) - set(held_by(planned, server))
             asked += len(new)
             hits += len(new & set(choose(view_of(planned), server, LAYERS * EXPERTS // 4)))
     assert asked > 0
@@ -72,6 +73,6 @@ def test_a_newer_view_stops_the_filling_and_the_next_one_goes_on(planned):
     refill(view, "a", replicas, read, lambda took: True, clock)
     assert reads == choose(view, "a", 6)
     other = Replicas(6)
-    other.held = dict.fromkeys(planned.held_by("a")[:6])  # of an earlier plan
+    other.held = dict.fromkeys(held_by(planned, "a")[:6])  # of an earlier plan
     refill(view, "a", other, read, lambda took: True, clock)
     assert other.keys() == set(choose(view, "a", 6))

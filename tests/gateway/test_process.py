@@ -91,20 +91,23 @@ def test_a_wrong_start_is_one_line(flags, status, message):
 
 def test_a_second_sigterm_ends_it_now():
     code = (
-        "import asyncio\n"
-        "from gateway.server import handle_signals\n"
+        "import asyncio, uvloop\n"
+        "from moering.process import install_signal_handlers\n"
         "async def main():\n"
-        "    handle_signals(lambda: print('draining', flush=True))\n"
+        "    stop, loop = asyncio.Event(), asyncio.get_running_loop()\n"
+        "    install_signal_handlers(lambda: loop.call_soon_threadsafe(stop.set))\n"
         "    print('up', flush=True)\n"
+        "    await stop.wait()\n"
+        "    print('draining', flush=True)\n"
         "    await asyncio.Event().wait()\n"
-        "asyncio.run(main())"
+        "uvloop.run(main())"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         for expected in ("up\n", "draining\n"):
             assert process.stdout is not None and process.stdout.readline() == expected
             process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 128 + signal.SIGTERM
+        assert process.wait(60) == 128 + signal.SIGTERM
     finally:
         process.kill()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moering.leader import finder
 from moering.lease import LeaseClient
+from moering.lease_session import LeaseSession
 from moering.protocol import View
 from tests.etcd_nodes import EtcdNodes, wait_for
 from tests.moering.cluster import Member
@@ -44,7 +45,8 @@ class LeasedMember:
     def __init__(self, member: Member, membership: str) -> None:
         self.member = member
         self.terms: list[int] = []  # of the views that it took, in their order
-        self.client = LeaseClient(finder("", membership), member.register, member.lease, self._view, self._refused)
+        session = LeaseSession(member.register, member.lease, self._view, self._refused)
+        self.client = LeaseClient(finder("", membership), session)
         self.client.start()
 
     @property

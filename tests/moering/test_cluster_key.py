@@ -20,6 +20,7 @@ from moering.coordinator import Config
 from moering.errors import ConfigError
 from moering.leader import Fixed, Seat
 from moering.lease import LeaseClient
+from moering.lease_session import LeaseSession
 from moering.process import run_main
 from moering.protocol import Lease, Leave, Registered
 from tests.faults.relay import Relay
@@ -250,7 +251,8 @@ def member_of(address: str) -> Iterator[threading.Event]:
         registered.set()
         return member.lease()
 
-    client = LeaseClient(Fixed(Seat(address)), member.register, lease, lambda view: None, lambda reason: None)
+    session = LeaseSession(member.register, lease, lambda view: None, lambda reason: None)
+    client = LeaseClient(Fixed(Seat(address)), session)
     client.start()
     try:
         yield registered
