@@ -38,7 +38,7 @@ class EngineClient:
         self._socket = transport.make_socket(zmq.DEALER)
         self._socket.rcvtimeo = int(timeout_s * 1000)
         transport.connect(self._socket, address)
-        self._socket.send(protocol.encode(Hello("gateway", "bench", time.time_ns(), "", "")))
+        self._socket.send(protocol.encode(Hello("bench", time.time_ns(), "", "")))
         self._runs = self._asked = 0
 
     def ask(self, prompts: list[list[int]], tokens: int, digests: bool = False) -> None:

@@ -67,7 +67,7 @@ class Ours:
     def __init__(self, checkpoint: Checkpoint, server: dict[str, Any]) -> None:
         self._poller, self._layers = zmq.Poller(), checkpoint.num_layers
         hello = Hello(
-            "router", "bench", incarnation(), checkpoint.path.name, checkpoint.digest, shared_slots=SLOTS
+            "bench", incarnation(), checkpoint.path.name, checkpoint.digest, shared_slots=SLOTS
         )  # fmt: skip
         self._exchange = TimedExchange(hello, checkpoint.hidden_size, self._poller, time.monotonic)
         member = MemberInfo(

@@ -219,7 +219,7 @@ class ExpertServer:
     def _lease(self) -> Lease:
         view = self.view
         return Lease(
-            self.id, self.incarnation, self.state, self.service.progress, self.service.queued, 0.0, [],
+            self.id, self.incarnation, self.state, self.service.progress, self.service.queued, [],
             view.term if view else 0, view.epoch if view else 0, b"",
         )  # fmt: skip
 

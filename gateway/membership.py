@@ -46,7 +46,7 @@ async def joined(services: Services, on_refused: Callable[[], None]) -> AsyncIte
         view = services.cluster.view
         term, epoch = (0, 0) if view is None else (view.term, view.epoch)
         state, queued = services.member().state, len(services.journal)
-        return Lease(own.server_id, own.incarnation, state, progress.turns, queued, 0.0, [], term, epoch, b"")
+        return Lease(own.server_id, own.incarnation, state, progress.turns, queued, [], term, epoch, b"")
 
     def refused(reason: str) -> None:
         logger.error("the coordinator refuses this gateway: %s", reason)

@@ -78,7 +78,7 @@ class Services:
 def make_services(config: Config, model: Model, own: MemberInfo) -> Services:
     """Wire everything up; must run on the event loop. Nothing is connected yet."""
     journal, metrics, cluster = Journal(), Metrics(), Cluster()
-    hello = Hello("gateway", own.server_id, own.incarnation, model.checkpoint_name, "")
+    hello = Hello(own.server_id, own.incarnation, model.checkpoint_name, "")
     pool, guard = RouterPool(journal, hello), StallGuard(config.stall_timeout_s)
     metrics.expose(
         gauges=lambda: {

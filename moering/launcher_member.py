@@ -45,7 +45,7 @@ class LauncherMember:
 
     def _lease(self) -> Lease:
         own = self._own
-        return Lease(own.server_id, own.incarnation, own.state, 0, 0, 0.0, [], *self._applied, b"")
+        return Lease(own.server_id, own.incarnation, own.state, 0, 0, [], *self._applied, b"")
 
     def _on_refused(self, reason: str) -> None:
         logger.error("the coordinator refuses this launcher (%s): it will carry out no operation", reason)

@@ -33,7 +33,7 @@ from moering import codec, expert_frames
 from moering.errors import ProtocolError
 from moering.expert_frames import Dispatch, Reply
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HEADER_BYTES = 8 << 20
 """A header longer than this is refused unread. The largest honest one is a plan of some 60 KB or a long prompt."""
 MAX_FRAME_BYTES = 16 << 20
@@ -63,7 +63,6 @@ def _message(kind: str) -> Callable[[C], C]:
 class Hello:
     """First message of the connecting side. A mismatch of model or digest is refused with both values named."""
 
-    role: str  # "gateway" | "router"
     server_id: str
     incarnation: int
     model: str
@@ -335,7 +334,6 @@ class Lease:
     state: str
     progress: int
     queued: int
-    busy_for_s: float  # a declared pause: not to be suspected for this long
     suspects: list[str]  # routers: server ids they route around
     term: int  # of the newest view applied by the main loop
     epoch: int

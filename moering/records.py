@@ -26,7 +26,6 @@ class Record:
     acknowledged: int = 0  # epoch of the newest view that its main loop applied
     suspects: dict[str, float] = field(default_factory=dict)  # a router's: server id → suspected since
     wedged: dict[str, float] = field(default_factory=dict)  # a router's: the same for those that answer nothing
-    busy_until_s: float = 0.0
     progress: int = 0
     progress_at_s: float = 0.0
     queued: int = 0
@@ -48,7 +47,6 @@ class Record:
         self.acknowledged = lease.epoch
         self.suspects = {s: self.suspects.get(s, now_s) for s in lease.suspects}
         self.wedged = {s: self.wedged.get(s, now_s) for s in lease.wedged}
-        self.busy_until_s = now_s + max(0.0, lease.busy_for_s)
         if lease.progress != self.progress or not lease.queued:
             self.progress, self.progress_at_s = lease.progress, now_s
         self.queued = lease.queued
@@ -56,12 +54,11 @@ class Record:
 
     def stalled(self, now_s: float) -> bool:
         """Work is queued and its main loop has not turned for a while."""
-        return self.queued > 0 and now_s - self.progress_at_s >= SUSPECTED_S and now_s >= self.busy_until_s
+        return self.queued > 0 and now_s - self.progress_at_s >= SUSPECTED_S
 
     def shift(self, by_s: float) -> None:
         """The coordinator itself was stopped for so long: nothing that lapsed meanwhile is anybody's fault."""
         self.lease_until_s += by_s
-        self.busy_until_s += by_s
         self.progress_at_s += by_s
         self.probed_s += by_s
         self.suspects = {s: since + by_s for s, since in self.suspects.items()}
@@ -96,7 +93,7 @@ def examine(records: Iterable[Record], lease_s: float, now_s: float) -> Evidence
     probe = []
     for record in alive:
         server_id = record.info.server_id
-        if record.info.kind != "expert-server" or server_id in dead or now_s < record.busy_until_s:
+        if record.info.kind != "expert-server" or server_id in dead:
             continue
         if 2 * sum(server_id in r.suspects for r in routers) > len(routers):
             late.append(record)

@@ -53,7 +53,7 @@ class Router:
         poller = zmq.Poller()
         slots = min(MAX_SLOTS, SLOTS * config.micro_batches)
         hello = Hello(
-            "router", self.id, self.incarnation, self.model, self.checkpoint.digest, shared_slots=slots,
+            self.id, self.incarnation, self.model, self.checkpoint.digest, shared_slots=slots,
             dtype="bfloat16" if config.device == "cuda" else "float32",
         )  # fmt: skip
         self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic, _pin(config))
@@ -95,7 +95,7 @@ class Router:
         loads, engine.loads = engine.loads, np.zeros_like(engine.loads)
         term, epoch = (view.term, view.epoch) if view is not None else (0, 0)
         return Lease(
-            self.id, self.incarnation, self.state, engine.progress, engine.queued, 0.0, self.exchange.suspects,
+            self.id, self.incarnation, self.state, engine.progress, engine.queued, self.exchange.suspects,
             term, epoch, loads.astype("<f4").tobytes(), self.exchange.wedged,
         )  # fmt: skip
 

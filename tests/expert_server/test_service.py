@@ -72,7 +72,7 @@ def rows(n):
 
 
 def test_hello_is_welcomed_with_the_limits(router):
-    message, _ = router.ask(protocol.encode(Hello("router", "r", 1, "model", "digest")))
+    message, _ = router.ask(protocol.encode(Hello("r", 1, "model", "digest")))
     assert message == Welcome("expert-0", 5, 100, protocol.MAX_TENSOR_BYTES // (4 * HIDDEN))
 
 
@@ -85,7 +85,7 @@ def test_a_service_that_spins_answers_and_welcomes_with_its_own_limit(tmp_path):
     spinning.start()
     spinning.open("model", "digest", SHAPE, compute, max_tensor_bytes=10 * 4 * HIDDEN, spin_s=0.05)
     router = Router(address)
-    message, _ = router.ask(protocol.encode(Hello("router", "r", 1, "model", "digest")))
+    message, _ = router.ask(protocol.encode(Hello("r", 1, "model", "digest")))
     assert message.max_rows == 10
     for seq in (1, 2):  # the second one while it spins
         reply, tensor = router.compute(dispatch([(0, 3)], seq=seq), rows(1))
@@ -102,7 +102,7 @@ def test_a_service_that_spins_answers_and_welcomes_with_its_own_limit(tmp_path):
     indirect=["service"],
 )
 def test_rows_are_of_the_servers_own_type_only_where_the_router_asks_for_it(router, asked, dtype):
-    message, _ = router.ask(protocol.encode(Hello("router", "r", 1, "model", "digest", dtype=asked)))
+    message, _ = router.ask(protocol.encode(Hello("r", 1, "model", "digest", dtype=asked)))
     assert message.dtype == dtype
     assert message.max_rows == protocol.MAX_TENSOR_BYTES // (ITEM_BYTES[dtype] * HIDDEN)
 
@@ -126,7 +126,7 @@ def test_rows_of_a_type_that_the_server_does_not_have_are_refused(router):
 
 @pytest.mark.parametrize(("model", "digest"), [("other", "digest"), ("model", "0ther")])
 def test_another_checkpoint_is_refused_with_both_named(router, model, digest):
-    message, _ = router.ask(protocol.encode(Hello("router", "r", 1, model, digest)))
+    message, _ = router.ask(protocol.encode(Hello("r", 1, model, digest)))
     assert isinstance(message, Refused)
     for name in ("model", "digest", model, digest):
         assert name in message.reason

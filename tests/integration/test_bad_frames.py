@@ -26,8 +26,8 @@ GARBAGE = {
     "no map": [msgpack.packb([1, 2, 3])],
     "no kind": [msgpack.packb({"v": protocol.PROTOCOL_VERSION})],
     "deep": [b"\x91" * 100_000 + b"\x00"],
-    "a frame too many": [protocol.encode(Hello("router", "x", 1, "tiny", "")), b"x"],
-    "a wrong type": [msgpack.packb({"v": protocol.PROTOCOL_VERSION, "kind": "hello", "role": 7})],
+    "a frame too many": [protocol.encode(Hello("x", 1, "tiny", "")), b"x"],
+    "a wrong type": [msgpack.packb({"v": protocol.PROTOCOL_VERSION, "kind": "hello", "server_id": 7})],
     "a kind that goes the other way": [protocol.encode(Refused("no", True))],
 }
 
@@ -99,7 +99,7 @@ def test_garbage_gets_one_clear_answer(peer: Peer, running_streams: None) -> Non
 
 @pytest.mark.parametrize("peer", PORTS, indirect=True)
 def test_another_protocol_version_is_refused_with_both_named(peer: Peer, running_streams: None) -> None:
-    fields = msgpack.unpackb(protocol.encode(Hello("router", "x", 1, "tiny", "")))
+    fields = msgpack.unpackb(protocol.encode(Hello("x", 1, "tiny", "")))
     (answer,) = peer.ask([msgpack.packb(fields | {"v": 99})])
     assert isinstance(answer, Refused)
     assert "protocol version 99" in answer.reason and f"speaks {protocol.PROTOCOL_VERSION}" in answer.reason
@@ -111,7 +111,7 @@ def test_a_hello_of_another_checkpoint_is_refused_with_both_named(
     peer: Peer, wrong: dict[str, str], checkpoint: Any, running_streams: None
 ) -> None:
     digest = Checkpoint(checkpoint).digest
-    hello = dataclasses.replace(Hello("router", "stranger", 1, "tiny", digest), **wrong)
+    hello = dataclasses.replace(Hello("stranger", 1, "tiny", digest), **wrong)
     (answer,) = peer.ask([protocol.encode(hello)])
     assert isinstance(answer, Refused) and answer.fatal
     for value in ("tiny", digest[:16], hello.model, hello.digest[:16]):

@@ -68,7 +68,7 @@ def test_strangers_are_admitted_at_no_port(
             address = keyed.process(server_id)["address"]
             with transport.make_socket(zmq.DEALER) as s, transport.watch_handshakes(s) as watch:
                 transport.connect(s, address)
-                transport.try_send(s, [protocol.encode(Hello("router", "stranger", 1, "", ""))])
+                transport.try_send(s, [protocol.encode(Hello("stranger", 1, "", ""))])
                 assert watch.poll(DEADLINE_S * 1000), server_id
                 assert not s.poll(0), "it was answered"
                 s.disable_monitor()

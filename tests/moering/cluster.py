@@ -59,7 +59,6 @@ class Member:
     held: set[tuple[int, int]] = field(default_factory=set)
     suspects: list[str] = field(default_factory=list)
     wedged: list[str] = field(default_factory=list)
-    busy_for_s: float = 0.0
     progress: int = 0
     queued: int = 0
     registered: bool = False
@@ -94,7 +93,7 @@ class Member:
 
     def lease(self) -> Lease:
         return Lease(
-            self.server_id, self.incarnation, self.state, self.progress, self.queued, self.busy_for_s, self.suspects,
+            self.server_id, self.incarnation, self.state, self.progress, self.queued, self.suspects,
             *self.acknowledged, b"", self.wedged,
         )  # fmt: skip
 

@@ -135,7 +135,7 @@ def test_a_header_that_is_no_message_gives_an_error(value: object) -> None:
     assert outcome([msgpack.packb(value)]) is None
 
 
-HELLO = Hello("router", "router-0", 1, "m", "d")
+HELLO = Hello("router-0", 1, "m", "d")
 SUBMIT = Submit("r", 0, [1], [], protocol.Sampling(max_tokens=4), 60.0)
 
 
@@ -143,13 +143,13 @@ SUBMIT = Submit("r", 0, [1], [], protocol.Sampling(max_tokens=4), 60.0)
     ("frames", "text"),
     [
         ([], "empty"),
-        ([header(HELLO, v=1)], "version 1; this process speaks 3"),
+        ([header(HELLO, v=1)], "version 1; this process speaks 4"),
         ([header(HELLO, v=...)], "version None"),
         ([header(HELLO, kind="hullo")], "unknown message kind 'hullo'"),
         ([header(HELLO, kind=7)], "unknown message kind 7"),
-        ([header(HELLO, role=...)], "hello.role: missing"),
+        ([header(HELLO, server_id=...)], "hello.server_id: missing"),
         ([header(HELLO, extra=1)], "hello: unknown field 'extra'"),
-        ([header(HELLO, role=1)], "hello.role: int where str is expected"),
+        ([header(HELLO, server_id=1)], "hello.server_id: int where str is expected"),
         ([header(HELLO, incarnation=True)], "hello.incarnation: bool where int is expected"),
         ([header(HELLO), b""], "hello: 2 frames where 1 is expected"),
         ([header(Abort("r", 1), attempt=1.0)], "abort.attempt: float where int is expected"),
@@ -173,7 +173,7 @@ def test_a_number_must_be_finite(value: object) -> None:
 @pytest.mark.parametrize("depth", [300, 1000, 1020, 100_000])
 @pytest.mark.parametrize(
     ("message", "name"),
-    [(HELLO, "v"), (HELLO, "kind"), (HELLO, "role"), (HELLO, "other"), (SUBMIT, "deadline_s"), (SUBMIT, "prompt")],
+    [(HELLO, "v"), (HELLO, "kind"), (HELLO, "server_id"), (HELLO, "other"), (SUBMIT, "deadline_s"), (SUBMIT, "prompt")],
 )
 def test_deep_nesting_is_refused(message: Any, name: str, depth: int) -> None:
     """Lists in lists in lists are an error like others, where MessagePack's limit stops them (1024) and before."""

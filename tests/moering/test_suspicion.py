@@ -34,18 +34,6 @@ def test_suspicion_that_ends_in_time_starts_anew() -> None:
     assert all(m.state != "OFFLINE" for v in c.published for m in v.members)
 
 
-def test_a_declared_pause_is_respected() -> None:
-    c = running(4, routers=2)
-    c.members["e0"].busy_for_s = 2.0
-    for r in ("r0", "r1"):
-        c.members[r].suspects = ["e0"]
-    c.run(20)
-    assert all(m.state != "OFFLINE" for v in c.published for m in v.members)
-    c.members["e0"].busy_for_s = 0.0
-    c.run(5)
-    assert any(m.state == "OFFLINE" for v in c.published for m in v.members)
-
-
 @pytest.mark.parametrize(("answer", "dies"), [("answered", False), ("silent", True), ("refused", True)])
 def test_a_single_router_needs_the_coordinators_own_probe_to_agree(answer: str, dies: bool) -> None:
     c = running(3, routers=1)

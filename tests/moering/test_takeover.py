@@ -103,7 +103,7 @@ def test_a_view_from_a_later_term_lifts_ours_above_it() -> None:
 
 def test_an_unknown_member_is_asked_to_register() -> None:
     c = Membership(running(1).rules, running(1).coordinator.own, 0.0)
-    answer = c.handle(b"x", Lease("e0", 1, "ONLINE", 0, 0, 0.0, [], 0, 0, b""), 1.0)
+    answer = c.handle(b"x", Lease("e0", 1, "ONLINE", 0, 0, [], 0, 0, b""), 1.0)
     assert answer == [Send(b"x", Unknown(1))]
     assert [type(a.message) for a in c.handle(b"x", Member("gateway", "g").register(), 1.0) if isinstance(a, Send)] == [
         Registered

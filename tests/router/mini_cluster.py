@@ -84,9 +84,7 @@ class MiniCluster:
         self.checkpoint, self.backend = Checkpoint(checkpoint_path), CpuBackend("auto", 1)
         self.servers = beside.servers if beside else [self.start(i) for i in range(n)]
         poller, router = zmq.Poller(), 2 if beside else 1
-        hello = Hello(
-            "router", f"r{router}", router, "m", self.checkpoint.digest, "", SLOTS, dtype or self.backend.dtype
-        )
+        hello = Hello(f"r{router}", router, "m", self.checkpoint.digest, "", SLOTS, dtype or self.backend.dtype)
         self.exchange = Exchange(hello, self.checkpoint.hidden_size, poller, time.monotonic, self.backend.pin)
         socket = transport.make_socket(zmq.ROUTER)
         self.address = transport.bind(socket, f"ipc://{directory}/r{router}")

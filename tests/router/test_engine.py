@@ -212,7 +212,7 @@ def test_a_prefix_from_the_cache_gives_the_bits_of_one_that_is_computed(cluster,
 def test_a_dead_gateways_requests_are_ended_even_if_nothing_is_sent_to_it(cluster, client, reference, caplog):
     """They are parked, and the next report of figures is far away."""
     dead = Client(cluster.address)
-    dead.socket.send(protocol.encode(protocol.Hello("gateway", "g", 1, "", "")))
+    dead.socket.send(protocol.encode(protocol.Hello("g", 1, "", "")))
     dead.receive()
     dead.submit("hung", PROMPTS["q2"], max_tokens=3000)
     client.submit("q1", PROMPTS["q1"])
@@ -235,7 +235,7 @@ def test_gateways_count_from_their_hello_to_the_end_of_their_connection(cluster)
     gateways = [Client(cluster.address) for _ in range(2)]
     assert cluster.engine.gateways == 0
     for left, gateway in enumerate(gateways, 1):
-        gateway.socket.send(protocol.encode(protocol.Hello("gateway", f"g{left}", 1, "", "")))
+        gateway.socket.send(protocol.encode(protocol.Hello(f"g{left}", 1, "", "")))
         gateway.receive()
         assert cluster.engine.gateways == left
     for left, gateway in enumerate(gateways):

@@ -75,7 +75,7 @@ class Rows:
 class Harness:
     def __init__(self, dtype="float32", pin=None):
         self.poller = zmq.Poller()
-        hello = Hello("router", "r", 7, "model", "digest", "", SLOTS, dtype)
+        hello = Hello("r", 7, "model", "digest", "", SLOTS, dtype)
         self.exchange = Exchange(hello, HIDDEN, self.poller, time.monotonic, pin)
         self.epoch = 0
 

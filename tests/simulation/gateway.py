@@ -68,7 +68,7 @@ class Gateway(Member):
             return
         end = self._links[key] = self.cluster.network.connect(self, self._members[key].address, ROUTER_HEARTBEAT_S)
         end.label = key
-        end.send(Hello("gateway", self.name, self.incarnation, MODEL, ""))
+        end.send(Hello(self.name, self.incarnation, MODEL, ""))
 
     def lost(self, end: End) -> None:
         """The connection to the coordinator or to a router is over."""

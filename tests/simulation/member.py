@@ -133,7 +133,7 @@ class Member(Process):
     def lease(self) -> Lease:
         """As of now."""
         return Lease(
-            self.name, self.incarnation, self.state, self.progress, self.queued, 0.0, self.suspects, *self.applied, b""
+            self.name, self.incarnation, self.state, self.progress, self.queued, self.suspects, *self.applied, b""
         )
 
     def _take_view(self, view: View) -> None:

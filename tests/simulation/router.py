@@ -88,7 +88,7 @@ class Router(Member):
                 end = self.cluster.network.connect(self, member.address, DATA_HEARTBEAT_S)
                 end.label = member
                 self._connections[server_id] = end
-                end.send((Hello("router", self.name, self.incarnation, MODEL, DIGEST), None))
+                end.send((Hello(self.name, self.incarnation, MODEL, DIGEST), None))
 
     def _look(self) -> None:
         self.progress += 1
