@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from moering import protocol
 from moering.errors import ProtocolError
-from moering.expert_frames import INLINE, ITEM_BYTES, Dispatch, Reply
-from moering.protocol import decode, encode
+from moering.expert_frames import INLINE, ITEM_BYTES, MARK, Dispatch, Reply
+from moering.protocol import PROTOCOL_VERSION, decode, encode
+
+OURS = bytes([MARK, PROTOCOL_VERSION])
 
 u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))
 dtypes = st.sampled_from(sorted(ITEM_BYTES))
@@ -47,9 +49,9 @@ def test_rows_that_follow_come_with_it(message: Dispatch | Reply, data: st.DataO
         ([encode(dispatch(dtype="float16")), bytes(24)], "24 bytes; dtype and shape ask for 12"),
         ([encode(dispatch(rows=(1 << 32) - 1, columns=(1 << 32) - 1)), bytes(24)], "ask for"),
         ([b"\xc1"], "protocol version none"),
-        ([b"\xc1\x01" + bytes(40)], "protocol version 01; this process speaks 3"),
-        ([b"\xc1\x03\x01\x09" + bytes(40)], "neither dispatch nor reply"),  # a dtype that there is not
-        ([b"\xc1\x03\x07\x00" + bytes(40)], "kind 7 is neither"),
+        ([b"\xc1\x01" + bytes(40)], f"protocol version 01; this process speaks {PROTOCOL_VERSION}"),
+        ([OURS + b"\x01\x09" + bytes(40)], "neither dispatch nor reply"),  # a dtype that there is not
+        ([OURS + b"\x07\x00" + bytes(40)], "kind 7 is neither"),
         ([encode(dispatch())[:30], bytes(24)], "neither dispatch nor reply"),
         ([encode(Reply(1, 2, 3, 4, "float32", 2, 3)) + b"\0", bytes(24)], "neither dispatch nor reply"),
     ],
