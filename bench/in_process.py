@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import zmq
 
-from bench.local_experts import LocalExperts
 from moering import transport
 from moering.checkpoint import Checkpoint
 from moering.process import incarnation, install_signal_handlers, run_main
@@ -24,6 +23,7 @@ from router.dispatch import Dispatcher
 from router.exchange import Finished
 from router.flight import Flight
 from router.frontend import Frontend
+from tests.local_experts import LocalExperts
 
 NONE = np.empty(0, np.int64)
 

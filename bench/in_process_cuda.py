@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from bench.local_experts_cuda import LocalExperts
 from kernels.triton_combine import add_combined
 from moering.checkpoint import Checkpoint
 from router.buffers_cuda import Step
 from router.decoder_cuda import Decoder
 from router.kv_cache_cuda import KVCache
 from router.micro_batch_cuda import MicroBatch
+from tests.local_experts_cuda import LocalExperts
 
 
 class WholeDecoder(Decoder):

@@ -28,7 +28,6 @@ import torch
 from tokenizers import Tokenizer
 
 from bench.command import Figures, checkpoint_path, run_bench
-from bench.local_experts import LocalExperts
 from bench.quality_picture import draw
 from moering.checkpoint import Checkpoint
 from moering.config import option
@@ -38,6 +37,7 @@ from router.decoder import Decoder
 from router.kv_cache import BLOCK_SIZE, KVCache
 from router.micro_batch import MicroBatch
 from router.missing import hopeless, leave_out
+from tests.local_experts import LocalExperts
 
 TEXT = Path(__file__).parents[1] / "tests" / "calibration_text.txt"
 WAYS = ("apart", "any")

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.local_experts import LocalExperts
 from kernels.linear import Backend
 from moering.checkpoint import Checkpoint
 from router.attention_plan import SequenceChunk
 from router.decoder import Decoder
 from router.kv_cache import KVCache
+from tests.local_experts import LocalExperts
 
 
 @dataclass

@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from bench.local_experts_cuda import LocalExperts
 from moering.checkpoint import Checkpoint
 from router.attention_plan import SequenceChunk
 from router.decoder_cuda import Decoder
@@ -15,6 +14,7 @@ from router.kv_cache_cuda import KVCache
 from router.sampler import Sampler
 from router.sampler_cuda import Sampler as CudaSampler
 from tests.interpreter import DEVICE
+from tests.local_experts_cuda import LocalExperts
 from tests.router.decoding import Model, random_tokens
 from tests.router.test_sampler import make
 from tests.tiny import write_checkpoint

@@ -5,13 +5,13 @@ import threading
 import pytest
 import torch
 
-from bench.local_experts import LocalExperts
 from moering.checkpoint import Checkpoint
 from router.attention_plan import SequenceChunk
 from router.exchange import Exchange
 from router.kv_cache import BLOCK_SIZE
 from router.missing import leave_out
 from tests import tiny
+from tests.local_experts import LocalExperts
 from tests.router.decoding import Model, random_tokens
 from tests.router.mini_cluster import Client, MiniCluster, wait_for
 
