@@ -54,7 +54,7 @@ def serving_in_thread(handler: Handler, gets: Mapping[str, Get] | None = None) -
     thread = threading.Thread(target=loop.run_until_complete, args=(go(),))
     thread.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(60)
         yield urls[0]
     finally:
         loop.call_soon_threadsafe(stop.set)

@@ -82,7 +82,7 @@ def test_open_loop_does_not_wait_for_answers() -> None:
             started.append(index)
             if len(started) == 6:
                 all_started.set()
-            await asyncio.wait_for(all_started.wait(), 10)  # answers only once all others are under way
+            await asyncio.wait_for(all_started.wait(), 60)  # answers only once all others are under way
 
         await open_loop(Source(6, None), rate=1000, seed=1, send=send)
         return started

@@ -91,7 +91,7 @@ class FakeRouter(threading.Thread):
         """Vanish as a killed process does: the connection breaks, nothing more is said."""
         self._stopping = True
         self._wakeup.set()
-        self.join(5.0)
+        self.join(60.0)
         assert not self.is_alive()
 
     def run(self) -> None:

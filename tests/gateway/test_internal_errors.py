@@ -38,7 +38,7 @@ async def two_streams(g, router):
     begun = [asyncio.Event(), asyncio.Event()]
     streams = [asyncio.create_task(g.stream("/v1/completions", REQUEST, b)) for b in begun]
     for b in begun:
-        await asyncio.wait_for(b.wait(), 10.0)
+        await b.wait()
     await g.until(lambda: [len(r.emitted) for r in g.services.journal.records()] == [4, 4])
     return streams
 

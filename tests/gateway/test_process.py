@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.gateway.harness import run
+from tests.gateway.harness import DEADLINE_S, run
 from tests.ports import free_port
 from tests.tiny import write_checkpoint
 
@@ -27,7 +27,7 @@ def coordinator(tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "moering.coordinator", "--bind", address])
     yield address
     process.kill()
-    process.wait(10)
+    process.wait(DEADLINE_S)
 
 
 def start(*flags: str) -> subprocess.Popen[str]:
@@ -37,7 +37,7 @@ def start(*flags: str) -> subprocess.Popen[str]:
 
 async def get_json(session: aiohttp.ClientSession, url: str, done) -> dict:
     """Ask until the process listens and the answer is as wanted."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while True:
             try:
                 async with session.get(url) as response:
@@ -67,7 +67,7 @@ def test_it_joins_serves_and_leaves_on_sigterm(checkpoint, coordinator):
     try:
         run(main())
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=20)
+        _, log = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == 0, log
         assert "Traceback" not in log and f"http://127.0.0.1:{port}" in log
     finally:
@@ -84,7 +84,7 @@ def test_it_joins_serves_and_leaves_on_sigterm(checkpoint, coordinator):
 )
 def test_a_wrong_start_is_one_line(flags, status, message):
     process = start(*flags)
-    _, log = process.communicate(timeout=20)
+    _, log = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == status
     assert message in log and "Traceback" not in log and len(log.splitlines()) == 1
 
@@ -107,7 +107,7 @@ def test_a_second_sigterm_ends_it_now():
         for expected in ("up\n", "draining\n"):
             assert process.stdout is not None and process.stdout.readline() == expected
             process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait(DEADLINE_S) == 128 + signal.SIGTERM
     finally:
         process.kill()
 
@@ -118,6 +118,6 @@ def test_a_port_that_is_taken_is_one_line(checkpoint):
         taken.listen()
         port = taken.getsockname()[1]
         process = start("--checkpoint", str(checkpoint), "--join", "ipc:///tmp/none", "--port", str(port))
-        _, log = process.communicate(timeout=20)
+        _, log = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in log and "Traceback" not in log

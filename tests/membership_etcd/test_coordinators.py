@@ -11,6 +11,7 @@ from moering.protocol import Refused, View
 from tests.etcd_nodes import wait_for
 from tests.membership_etcd.members import Candidate, Cluster
 from tests.moering.cluster import Member, table
+from tests.moering.stubs import DEADLINE_S
 
 
 def two(members: Cluster) -> tuple[Candidate, Candidate]:
@@ -35,7 +36,7 @@ def test_another_takes_over_when_the_elected_one_is_killed(members: Cluster) -> 
 def test_one_that_is_told_to_stop_gives_the_office_up_at_once(members: Cluster) -> None:
     first, second = two(members)
     first.process.terminate()
-    assert first.process.wait(10) == 0
+    assert first.process.wait(DEADLINE_S) == 0
     wait_for("the other is elected", lambda: second.said("elected for term 2"))
     members.elected(second.name)
 
@@ -54,7 +55,7 @@ def test_a_stopped_one_that_wakes_up_beside_its_successor_is_not_heard(members: 
         stranger.send(protocol.encode(newcomer.lease()))
         answers = []
         while not answers or not isinstance(answers[-1], Refused):
-            assert stranger.poll(5000)
+            assert stranger.poll(DEADLINE_S * 1000)
             answers.append(protocol.decode(stranger.recv_multipart())[0])
         assert not any(isinstance(a, View) for a in answers)
         assert "not the elected one" in answers[-1].reason and not answers[-1].fatal

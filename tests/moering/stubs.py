@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moering.supervisor import Command
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 def stub(directory: Path, server_id: str, kind: str = "", behaviour: str = "serve") -> Command:

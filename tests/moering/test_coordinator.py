@@ -21,6 +21,7 @@ from moering.errors import ConfigError
 from moering.probe import EndpointProbe
 from moering.protocol import ProvenExit, Refused, View
 from tests.moering.cluster import Member, of, table
+from tests.moering.stubs import DEADLINE_S
 
 
 @contextmanager
@@ -67,7 +68,7 @@ class Members:
     def send(self, server_id: str, message: object) -> None:
         transport.try_send(self.sockets[server_id], [protocol.encode(message)])
 
-    def until(self, done: Callable[[], bool], seconds: float = 20.0) -> None:
+    def until(self, done: Callable[[], bool], seconds: float = DEADLINE_S) -> None:
         deadline, renew_s = time.monotonic() + seconds, 0.0
         while not done():
             assert time.monotonic() < deadline, {m.server_id: (m.registered, m.refused) for m in self.members.values()}
@@ -152,7 +153,7 @@ def test_bad_frames_cost_only_their_sender_an_error() -> None:
                 [protocol.encode(members.members["e0"].register()), b"a second frame"],
             ):
                 stranger.send_multipart(frames)
-                assert stranger.poll(5000), frames
+                assert stranger.poll(DEADLINE_S * 1000), frames
                 answer, _ = protocol.decode(stranger.recv_multipart())
                 assert isinstance(answer, Refused) and not answer.fatal
             stranger.send(b"")  # and again after it: the members go on
@@ -160,7 +161,7 @@ def test_bad_frames_cost_only_their_sender_an_error() -> None:
             members.add(late)
             members.until(lambda: late.view is not None and late.view.failures_survivable == 1)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
+            assert process.wait(DEADLINE_S) == 0
         finally:
             stranger.close()
             members.close()
@@ -186,7 +187,7 @@ def test_it_binds_where_a_killed_one_was_bound_over_ipc(tmp_path: object) -> Non
     with coordinator(address) as (process, bound):
         assert bound == address
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(DEADLINE_S) == 0
 
 
 @pytest.mark.parametrize(
