@@ -30,11 +30,11 @@ class HangingServer(ExpertServer):
         super()._prepare()
         compute = self.service._compute
 
-        def hanging(*args: Any) -> None:
+        def hanging(*args: Any) -> Any:
             if self.to_hang:
                 self.to_hang = False
                 self._stand_still()
-            compute(*args)
+            return compute(*args)
 
         self.service._compute = hanging
 
