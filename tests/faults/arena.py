@@ -20,7 +20,7 @@ from tests.etcd_nodes import EtcdNodes, running
 from tests.faults.hub import Hub
 from tests.faults.processes.agent import HUB
 from tests.faults.relay import Relay
-from tests.integration.cluster import REPO, SERVERS, Cluster, serving, wait_for
+from tests.integration.cluster import REPO, SERVERS, TWO_ROUTERS, Cluster, serving, wait_for
 from tests.integration.streams import Stream, Streams, bodies, check_equal
 from tests.ports import free_port
 
@@ -28,9 +28,8 @@ STREAMS, TOKENS = 4, 24
 ROUTERS = ("router-0", "router-1")
 MEMBERS = frozenset({*SERVERS, *ROUTERS, "gateway-0", "coordinator"})
 RELAYED = {"expert server": "expert-2", "router": "router-0", "coordinator": "coordinator"}
-BRISK = ("--max-restart-delay-s", "0", "--expert-server-args=--no-nice")
-"""Restarts without a delay, and at normal priority: beside other work on a small machine the low one is none at all."""
-FLAGS = (*BRISK, "--routers", "2", "--rejoin-grace-s", "2", "--router-args", "--threads 1")
+AT_ONCE = ("--max-restart-delay-s", "0")
+FLAGS = (*AT_ONCE, *TWO_ROUTERS, "--rejoin-grace-s", "2")
 MACHINE = "a"
 """With etcd the ids of a machine's processes begin with its name. The tests leave that away."""
 ETCD_FLAGS = (*FLAGS, "--machine", MACHINE, "--coordinator-args", "--election-ttl-s 2")

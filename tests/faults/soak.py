@@ -15,12 +15,12 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.arena import BRISK, STREAMS, TOKENS
+from tests.faults.arena import AT_ONCE, STREAMS, TOKENS
 from tests.integration.cluster import SERVERS, Cluster, serving, wait_for
 from tests.integration.streams import Streams, bodies, check_equal
 from tests.tiny import write_checkpoint
 
-FLAGS = (*BRISK, "--rejoin-grace-s", "10")
+FLAGS = (*AT_ONCE, "--rejoin-grace-s", "10")
 SURVIVORS = ("coordinator", "router-0", "gateway-0")
 RESIDENT_SHARE, RESIDENT_BYTES = 0.03, 4 << 20
 """Resident memory may differ by so much between two thirds of a run: allocators give back when they please."""

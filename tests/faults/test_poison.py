@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.faults.arena import BRISK, arena
+from tests.faults.arena import AT_ONCE, arena
 from tests.integration.cluster import SERVERS
 from tests.integration.streams import Streams, bodies
 
@@ -12,7 +12,7 @@ POISON = bodies(1, 4)[0] | {"prompt": [300], "max_tokens": 1}
 """The first row of its first layer depends on this token alone, and no other prompt begins with it."""
 
 
-FLAGS = (*BRISK, "--router-args", "--threads 1 --missing-expert-timeout-s 120")
+FLAGS = (*AT_ONCE, "--router-args", "--threads 1 --missing-expert-timeout-s 120")
 """One router: a second one could not tell whose row it was. All servers die, and each death costs a start."""
 
 

@@ -16,7 +16,7 @@ import pytest
 from moering.http_client import HttpError, get_json
 from tests.faults.requests import check_whole, varied, whole
 from tests.faults.scenario import in_the_middle
-from tests.integration.cluster import REPO, SERVERS, Cluster, metrics, serving, wait_for
+from tests.integration.cluster import REPO, SERVERS, TWO_ROUTERS, Cluster, metrics, serving, wait_for
 from tests.integration.streams import Stream, Streams, bodies, check_equal
 from tests.ports import free_port
 
@@ -51,7 +51,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def shared_pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with serving(checkpoint, tmp_path_factory.mktemp("pair"), ["--routers", "2"]) as cluster:
+    with serving(checkpoint, tmp_path_factory.mktemp("pair"), TWO_ROUTERS) as cluster:
         yield Pair(cluster)
 
 

@@ -23,6 +23,9 @@ DEADLINE_S = 60.0
 LOOK_S = 0.02
 SERVERS = ("expert-0", "expert-1", "expert-2")
 REPO = Path(__file__).parents[2]
+BRISK = {"MOERING_NICE": "no"}
+"""Expert servers start at normal priority: beside other work on a small machine the low one is none at all."""
+TWO_ROUTERS = ("--routers", "2", "--router-args", "--threads 1 --no-nice")
 
 
 def wait_for(what: str, condition: Callable[[], Any], within_s: float = DEADLINE_S) -> Any:
@@ -54,7 +57,7 @@ class Cluster:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         argv = [sys.executable, "-m", *program, str(checkpoint), "--port", str(port), *flags]
-        env = os.environ | {"XDG_RUNTIME_DIR": run_directory, "OMP_NUM_THREADS": "1", **environment}
+        env = os.environ | {"XDG_RUNTIME_DIR": run_directory, "OMP_NUM_THREADS": "1", **BRISK, **environment}
         with log.open("wb") as out:
             self.launcher = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, cwd=REPO, env=env)
 

@@ -20,7 +20,7 @@ from tests.integration.streams import Stream, Streams, bodies, check_equal
 from tests.integration.test_bad_frames import GARBAGE, PORTS, Peer, undisturbed
 from tests.keys import new_key, using
 
-FLAGS = ("--max-restart-delay-s", "0", "--expert-server-args=--no-nice")
+FLAGS = ("--max-restart-delay-s", "0")
 
 
 @pytest.fixture(scope="module")
