@@ -30,11 +30,11 @@ class HangingServer(ExpertServer):
         super()._prepare()
         compute = self.service._compute
 
-        def hanging(*args: Any) -> Any:
+        def hanging(*args: Any) -> None:
             if self.to_hang:
                 self.to_hang = False
                 self._stand_still()
-            return compute(*args)
+            compute(*args)
 
         self.service._compute = hanging
 

@@ -57,7 +57,7 @@ def phase(backend: CudaBackend, resident: Sequence[Any], beside: Callable[[int],
     until = time.perf_counter() + PHASE_S
     while time.perf_counter() < until:
         begun = time.perf_counter()
-        backend.compute(hidden, np.tile(np.arange(8), 8), [8] * 8, resident, out).wait()
+        backend.compute(hidden, np.tile(np.arange(8), 8), [8] * 8, resident, out)
         calls.append(time.perf_counter() - begun)
     stop.set()
     worker.join()

@@ -16,22 +16,6 @@ class NoRoom(MoeringError):
     """All the room for experts is taken: a plan in transition may name more than fit, for as long as moves take."""
 
 
-CALLS_IN_FLIGHT = 2
-"""While a GPU computes one call, the next is received and launched."""
-
-
-class Pending(Protocol):
-    """A call that a GPU computes."""
-
-    def ready(self) -> bool:
-        """Whether `wait` would return at once."""
-        ...
-
-    def wait(self) -> None:
-        """Wait until it is done."""
-        ...
-
-
 class Backend(Protocol):
     """Loads experts and computes them. `load` runs on the loading thread while `compute` runs on another."""
 
@@ -81,13 +65,12 @@ class Backend(Protocol):
 
     def compute(
         self, hidden: np.ndarray, rows: np.ndarray | None, counts: list[int], experts: list[Any], out: np.ndarray
-    ) -> Pending | None:
+    ) -> None:
         """`out[i]` = expert of pair i applied to `hidden[rows[i]]`; pairs are sorted by expert, `counts` of each.
 
         Without `rows` pair i has row i.
         `hidden` and `out` are [n, hidden size] and [pairs, hidden size], both float32 or both of `dtype` (as arrays:
-        `moering.shared_rows.ARRAYS`). None when it is done; else all of these stay in use until what is returned is.
-        Up to `CALLS_IN_FLIGHT` may be.
+        `moering.shared_rows.ARRAYS`).
         """
         ...
 

@@ -8,15 +8,15 @@ and every kernel compiled, so that computing can neither stall nor run out of me
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from triton import next_power_of_2
 
-from expert_server.backend import CALLS_IN_FLIGHT
 from expert_server.host_replicas_cuda import PinnedReplicas
 from expert_server.slots_cuda import CudaExpert, Slots
 from kernels import pinning
@@ -66,7 +66,7 @@ class CudaBackend:
         if capacity == 0:
             free, _ = torch.cuda.mem_get_info()
             capacity = max(1, int(free * MEMORY_SHARE) // (6 * hidden * intermediate))
-        self._workspaces = [_Workspace(hidden, intermediate, self._device) for _ in range(CALLS_IN_FLIGHT)]
+        self._workspace = _Workspace(hidden, intermediate, self._device)
         self._slots = Slots(hidden, intermediate, capacity, self._device)
         self.host_replicas = PinnedReplicas(self._slots, host_replicas)
         self._kernels = GroupedExperts(self._slots.w13, self._slots.w2)
@@ -111,36 +111,32 @@ class CudaBackend:
         counts: list[int],
         experts: Sequence[CudaExpert],
         out: np.ndarray,
-    ) -> _Call:
+    ) -> None:
         """See `expert_server.backend.Backend`."""
         rows = np.arange(len(hidden)) if rows is None else rows
         slots = np.array([expert.slot for expert in experts], np.int32)
         if len(rows) <= CALL_PAIRS:
-            return self._start(hidden, rows, np.array(counts), slots, out)
+            self._compute(hidden, rows, np.array(counts), slots, out)
+            return
         ids = np.repeat(np.arange(len(counts)), counts)
         for start in range(0, len(rows), CALL_PAIRS):
             piece = slice(start, start + CALL_PAIRS)
             used, local_rows = np.unique(rows[piece], return_inverse=True)
             which, local_counts = np.unique(ids[piece], return_counts=True)
-            call = self._start(hidden[used], local_rows, local_counts, slots[which], out[piece])
-            call.wait()
-        return call
+            self._compute(hidden[used], local_rows, local_counts, slots[which], out[piece])
 
-    def _start(
+    def _compute(
         self, hidden: np.ndarray, rows: np.ndarray, counts: np.ndarray, slots: np.ndarray, out: np.ndarray
-    ) -> _Call:
+    ) -> None:
         tiling = choose_tiling(len(rows), len(counts))
         tiles = list_tiles(counts, slots, tiling.block_m)
         room = next_power_of_2(len(tiles))  # few shapes, so few graphs; programs that find no tile end at once
-        workspace = self._workspaces[0]
-        self._workspaces.append(self._workspaces.pop(0))
-        in_place = workspace.send(hidden, rows, tiles, out)
-        self._graphs.run((id(workspace), id(tiling), room), lambda: self._launch(workspace, tiling, room))
-        return _Call(out, None if in_place else workspace.host_results, self._device)
+        with self._workspace.call(hidden, rows, tiles, out):
+            self._graphs.run((id(tiling), room), lambda: self._launch(tiling, room))
 
-    def _launch(self, workspace: _Workspace, tiling: FFNTiling, max_tiles: int) -> None:
+    def _launch(self, tiling: FFNTiling, max_tiles: int) -> None:
         """From the lists in pinned memory to the results."""
-        tiling = replace(tiling, pdl=False)
+        workspace, tiling = self._workspace, replace(tiling, pdl=False)
         grouping = workspace.fetch_grouping(max_tiles, tiling.block_m)
         self._kernels.gate_up(workspace.x, grouping, workspace.activations, tiling)
         self._kernels.down(workspace.activations, grouping, workspace.results_at, tiling)
@@ -156,30 +152,7 @@ class CudaBackend:
                     counts = np.full(experts, pairs // experts)
                     counts[0] += pairs % experts
                     x, out = np.zeros((1, hidden), np.int16), np.empty((pairs, hidden), np.int16)
-                    slots = np.arange(experts, dtype=np.int32)
-                    self._start(x, np.zeros(pairs, np.int64), counts, slots, out).wait()
-
-
-class _Call:
-    """See `expert_server.backend.Pending`; ends with all that the current stream was given so far."""
-
-    def __init__(self, out: np.ndarray, results: torch.Tensor | None, device: torch.device) -> None:
-        """`results`: where those of `out` come, if not there."""
-        self._out, self._results, self._done = out, results, None
-        if device.type == "cuda":
-            self._done = torch.cuda.Event()
-            self._done.record()
-
-    def ready(self) -> bool:
-        """See `Pending`."""
-        return self._done is None or self._done.query()
-
-    def wait(self) -> None:
-        """See `Pending`."""
-        if self._done is not None:
-            self._done.synchronize()
-        if self._results is not None:
-            rows_tensor(self._out).copy_(self._results[: len(self._out)])
+                    self._compute(x, np.zeros(pairs, np.int64), counts, np.arange(experts, dtype=np.int32), out)
 
 
 class _Workspace:
@@ -193,7 +166,7 @@ class _Workspace:
         rows = (CALL_PAIRS, hidden)
         self.x = torch.zeros(rows, dtype=torch.bfloat16, device=device)
         self.activations = torch.zeros(CALL_PAIRS, intermediate, dtype=torch.bfloat16, device=device)
-        self._host_x, self.host_results = (
+        self._host_x, self._host_results = (
             torch.zeros(rows, dtype=torch.bfloat16, pin_memory=self._cuda) for _ in range(2)
         )
         # the number of tiles, the results' address; the row of each pair; at most as many tiles as pairs
@@ -206,9 +179,9 @@ class _Workspace:
         self.results_at = self._lists[2:4].view(torch.int64)
         self._order = torch.arange(CALL_PAIRS, dtype=torch.int32, device=device)
 
-    def send(self, hidden: np.ndarray, rows: np.ndarray, tiles: np.ndarray, out: np.ndarray) -> bool:
-        """Put everything where the kernels find it, the rows by a copy that is started. Whether results come in `out`,
-        else in `host_results`."""
+    @contextlib.contextmanager
+    def call(self, hidden: np.ndarray, rows: np.ndarray, tiles: np.ndarray, out: np.ndarray) -> Iterator[None]:
+        """The block computes `out`; nothing reads or writes any of these any more after it."""
         self._array[0] = len(tiles)
         self._array[self._rows_at : self._rows_at + len(rows)] = rows
         self._array[self._tiles_at : self._tiles_at + tiles.size] = tiles.reshape(-1)
@@ -217,8 +190,12 @@ class _Workspace:
             source = self._host_x[: len(hidden)].copy_(source)
         self.x[: len(hidden)].copy_(source, non_blocking=True)
         in_place = results.dtype == torch.bfloat16 and (results.is_pinned() or not self._cuda)
-        self._address[0] = (results if in_place else self.host_results).data_ptr()
-        return in_place
+        self._address[0] = (results if in_place else self._host_results).data_ptr()
+        yield
+        if self._cuda:
+            torch.cuda.current_stream().synchronize()
+        if not in_place:
+            results.copy_(self._host_results[: len(rows)])
 
     def fetch_grouping(self, max_tiles: int, block_m: int) -> Grouping:
         """Start the copy of the lists to the device; what they are there."""

@@ -7,16 +7,13 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import zmq
 
 from expert_server import batching
-from expert_server.backend import CALLS_IN_FLIGHT, Pending
 from expert_server.batching import Group, Request
 from expert_server.residency import Residency
 from expert_server.segments import Segments
@@ -32,19 +29,9 @@ STOP_CHECK_MS = 200
 SPIN_SWITCH_S = 2e-4
 """For how long other threads of a process wait for one that looks for messages without a rest."""
 
-Compute = Callable[[np.ndarray, np.ndarray | None, list[int], list[Any], np.ndarray], Pending | None]
+Compute = Callable[[np.ndarray, np.ndarray | None, list[int], list[Any], np.ndarray], None]
 """(hidden [rows, H], rows [pairs] or None for one row a pair, counts, experts, out [pairs, H]): the grouped kernel.
-`hidden` and `out` are of one type of `moering.shared_rows.ARRAYS`. See `expert_server.backend.Backend.compute`."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A group that is computed. It holds its experts, so that their room is not given away."""
-
-    group: Group
-    experts: list[Any]
-    out: np.ndarray
-    started_ns: int
+`hidden` and `out` are of one type of `moering.shared_rows.ARRAYS`."""
 
 
 class Service(threading.Thread):
@@ -56,7 +43,6 @@ class Service(threading.Thread):
         self._credit_rows, self._residency = credit_rows, residency
         self._opened = threading.Event()
         self._stopping = False
-        self._calls: deque[tuple[Pending, _Call]] = deque()  # under way
         self.progress = 0  # turns of the loop: a lease reports it
         self.queued = 0
         self.calls = 0  # of the grouped kernel
@@ -108,13 +94,11 @@ class Service(threading.Thread):
         self._socket.rcvtimeo = STOP_CHECK_MS  # a blocking receive: a poll before it costs a router time
         while not self._stopping:
             requests = self._receive()
-            self.queued += len(requests)
+            self.queued = len(requests)
             for group in batching.group(requests, self._max_pairs):
-                self._start(group)
-            if self._calls and not requests:
-                self._finish()
+                self._answer(group)
+                self.queued -= len(group.requests)
             self.progress += 1
-        self._finish_all()
         self._socket.close()
 
     def _receive(self) -> list[Request]:
@@ -132,11 +116,6 @@ class Service(threading.Thread):
         return requests
 
     def _wait(self) -> list[bytes] | None:
-        """The next message; None when it does not come, or when a call is ready before it."""
-        while self._calls:
-            if (found := transport.try_receive(self._socket)) is not None or self._calls[0][0].ready():
-                return found
-            os.sched_yield()
         if self._spin_s and (found := self._spin()) is not None:
             return found
         try:
@@ -161,7 +140,6 @@ class Service(threading.Thread):
             self._send(identity, Refused(str(e), fatal=True))
             return None
         if isinstance(message, Hello):
-            self._finish_all()  # memory that the router shared before goes
             self._send(identity, self._greet(identity, message))
         elif isinstance(message, Dispatch):
             return self._parse(identity, message, tensor)
@@ -195,61 +173,39 @@ class Service(threading.Thread):
         self._send(identity, Failed(f"{message.router}/{message.seq}", 0, "bad_request", request))
         return None
 
-    def _start(self, group: Group) -> None:
-        """Compute a group; answer at once, or when it is ready."""
-        experts = self._residency.find(group.requests[0].message.layer, group.experts)
+    def _answer(self, group: Group) -> None:
+        layer = group.requests[0].message.layer
+        experts = self._residency.find(layer, group.experts)
         if None in experts:
-            self._start_without(group, {e for e, x in zip(group.experts, experts, strict=True) if x is None})
+            self._answer_without(group, {e for e, x in zip(group.experts, experts, strict=True) if x is None})
             return
-        if len(self._calls) == CALLS_IN_FLIGHT:
-            self._finish()
         self.calls += 1
-        started_ns, first = time.perf_counter_ns(), group.requests[0]
+        started = time.perf_counter_ns()
+        first = group.requests[0]
         if len(group.requests) == 1 and first.out is not None:
-            hidden, out = first.hidden, first.out
+            self._compute(first.hidden, group.rows, group.counts, experts, first.out)
+            parts = [first.out]
         else:
-            hidden, out = self._gather(group)
-        call = _Call(group, experts, out, started_ns)
-        pending = self._compute(hidden, group.rows, group.counts, experts, out)
-        if pending is None:
-            self._answer(call)
-        else:
-            self._calls.append((pending, call))
-
-    def _gather(self, group: Group) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of several requests, or from frames, in one array for the grouped call, aligned, as frames are not; and
-        room for results. Calls under way have done with both, or use neither."""
-        dtype, at = group.requests[0].message.dtype, 0
-        hidden = self._hidden[dtype]
-        for r in group.requests:
-            hidden[at : at + len(r.hidden)] = r.hidden
-            at += len(r.hidden)
-        return hidden[:at], self._out[dtype][: sum(group.counts)]
-
-    def _finish(self) -> None:
-        """Wait for the oldest call, and answer it."""
-        pending, call = self._calls.popleft()
-        pending.wait()
-        self._answer(call)
-
-    def _finish_all(self) -> None:
-        while self._calls:
-            self._finish()
-
-    def _answer(self, call: _Call) -> None:
-        compute_us = (time.perf_counter_ns() - call.started_ns) // 1000
-        requests = call.group.requests
-        in_place = len(requests) == 1 and requests[0].out is call.out
-        parts = [call.out] if in_place else batching.split(call.group, call.out)
-        for r, rows in zip(requests, parts, strict=True):
+            parts = self._compute_copies(group, experts)
+        compute_us = (time.perf_counter_ns() - started) // 1000
+        for r, rows in zip(group.requests, parts, strict=True):
             m = r.message
             if r.out is not None and rows is not r.out:
                 r.out[:] = rows
             reply = Reply(m.router, m.seq, self._incarnation, compute_us, m.dtype, len(rows), m.columns, m.slot)
             self._send(r.identity, reply, rows if r.out is None else None)
-        self.queued -= len(requests)
 
-    def _start_without(self, group: Group, missing: set[int]) -> None:
+    def _compute_copies(self, group: Group, experts: list[Any]) -> list[np.ndarray]:
+        """Rows of several requests, or from frames, in one array for the grouped call; aligned, as frames are not."""
+        dtype, at = group.requests[0].message.dtype, 0
+        hidden, out = self._hidden[dtype], self._out[dtype][: sum(group.counts)]
+        for r in group.requests:
+            hidden[at : at + len(r.hidden)] = r.hidden
+            at += len(r.hidden)
+        self._compute(hidden[:at], group.rows, group.counts, experts, out)
+        return batching.split(group, out)
+
+    def _answer_without(self, group: Group, missing: set[int]) -> None:
         """Some experts are not here: refuse the requests that need them, compute the others."""
         rest = []
         for r in group.requests:
@@ -257,9 +213,8 @@ class Service(threading.Thread):
                 rest.append(r)
             else:
                 self._send(r.identity, NotHere(r.message.router, r.message.seq, self._incarnation, self.epoch))
-                self.queued -= 1
         for smaller in batching.group(rest, self._max_pairs):
-            self._start(smaller)
+            self._answer(smaller)
 
     def _send(self, identity: bytes, message: Any, tensor: np.ndarray | None = None) -> None:
         frames = [identity, protocol.encode(message)]

@@ -57,7 +57,7 @@ def test_results_are_those_of_the_reference(backend, checkpoint, counts):
     rows = rng.integers(0, 7, sum(counts))
     loaded = [backend.load(checkpoint.expert(0, e)) for e in experts]
     out = np.full((sum(counts), HIDDEN), np.nan, np.float32)
-    backend.compute(hidden, rows, counts, loaded, out).wait()
+    backend.compute(hidden, rows, counts, loaded, out)
     wanted = expected(checkpoint, hidden, rows, counts, experts)
     errors = (torch.from_numpy(out).double() - wanted).norm(dim=1) / wanted.norm(dim=1)
     assert float(errors.max()) < TOLERANCE
@@ -71,27 +71,25 @@ def test_rows_in_bf16_give_the_bits_that_float32_frames_carry(backend, checkpoin
     rows = rng.integers(0, 7, sum(counts))
     loaded = [backend.load(checkpoint.expert(0, e)) for e in range(len(counts))]
     wide, bits = (np.full((sum(counts), HIDDEN), -1, dtype) for dtype in (np.float32, np.int16))
-    backend.compute(half.float().numpy(), rows, counts, loaded, wide).wait()
-    backend.compute(half.view(torch.int16).numpy(), rows, counts, loaded, bits).wait()
+    backend.compute(half.float().numpy(), rows, counts, loaded, wide)
+    backend.compute(half.view(torch.int16).numpy(), rows, counts, loaded, bits)
     assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16).float(), torch.from_numpy(wide))
 
 
-@pytest.mark.parametrize("wide", [True, False])
-def test_two_calls_may_be_under_way(backend, checkpoint, wide):
-    """Their rows are where they were sent, and none are in the other's place."""
-    rng = np.random.default_rng(1)
-    loaded = [backend.load(checkpoint.expert(0, e)) for e in range(2)]
-    half = [torch.from_numpy(rng.standard_normal((n, HIDDEN), np.float32)).bfloat16() for n in (7, 5)]
-    sent = [rows.float().numpy() if wide else rows.view(torch.int16).numpy() for rows in half]
-    one_by_one, together = ([np.full_like(rows, -1) for rows in sent] for _ in range(2))
-    for rows, out in zip(sent, one_by_one, strict=True):
-        backend.compute(rows, None, [2, len(rows) - 2], loaded, out).wait()
-    calls = [
-        backend.compute(rows, None, [2, len(rows) - 2], loaded, out) for rows, out in zip(sent, together, strict=True)
-    ]
-    for call, out, wanted in zip(calls, together, one_by_one, strict=True):
-        call.wait()
-        assert call.ready() and (out == wanted).all()
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+def test_a_call_returns_when_the_gpu_has_done_with_its_rows(backend, checkpoint, monkeypatch, dtype):
+    """The answer is sent then, and the slot that held the rows is used again."""
+    loaded, waits, current = [backend.load(checkpoint.expert(0, 0))], [], torch.cuda.current_stream
+
+    def synchronize():
+        waits.append(1)
+        if DEVICE == "cuda":
+            current().synchronize()
+
+    monkeypatch.setattr(backend._workspace, "_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *args: SimpleNamespace(synchronize=synchronize))
+    backend.compute(np.zeros((1, HIDDEN), dtype), None, [1], loaded, np.zeros((1, HIDDEN), dtype))
+    assert waits == [1]
 
 
 def test_whole_messages_fit_into_a_slot_and_a_frame(backend, monkeypatch):
@@ -137,7 +135,7 @@ def test_a_replica_from_host_memory_is_the_expert_itself(backend, checkpoint):
     outs = []
     for expert in (promoted, loaded):
         outs.append(np.full((2, HIDDEN), np.nan, np.float32))
-        backend.compute(hidden, np.arange(2), [2], [expert], outs[-1]).wait()
+        backend.compute(hidden, np.arange(2), [2], [expert], outs[-1])
     assert np.isfinite(outs[0]).all()
     assert np.array_equal(*outs)
     host.keep({(0, 2)})

@@ -1,8 +1,5 @@
 """The compute thread over real sockets: right rows to the right router, refusals that hurt nobody else."""
 
-import queue
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -97,89 +94,6 @@ def test_a_service_that_spins_answers_and_welcomes_with_its_own_limit(tmp_path):
     spinning.close()
     assert not spinning.is_alive() and turns < 10  # an empty look is no turn
     router.socket.close()
-
-
-class Device:
-    """Computes when it is told to, like a GPU that is busy."""
-
-    def __init__(self):
-        self.calls, self.done, self.most = queue.SimpleQueue(), 0, 0
-        self._started = 0
-
-    def compute(self, *args):
-        self._started += 1
-        self.most = max(self.most, self._started - self.done)
-        call = Call(self, args)
-        self.calls.put(call)
-        return call
-
-
-class Call:
-    def __init__(self, device, args):
-        self._device, self._args, self._told = device, args, threading.Event()
-
-    def finish(self):
-        self._told.set()
-
-    def ready(self):
-        return self._told.is_set()
-
-    def wait(self):
-        assert self._told.wait(10)
-        compute(*self._args)
-        self._device.done += 1
-
-
-@pytest.fixture
-def busy(tmp_path):
-    """A service with a device that computes when it is told to."""
-    residency = Residency()
-    for expert in range(6):
-        residency.add((0, expert), float(expert + 1), bytes(8))
-    socket = transport.make_socket(zmq.ROUTER)
-    address = transport.bind(socket, f"ipc://{tmp_path}/busy")
-    device, s = Device(), Service(socket, "expert-0", 5, 100, residency)
-    s.start()
-    s.open("model", "digest", SHAPE, device.compute, spin_s=0.001)
-    router = Router(address)
-    yield s, device, router
-    s.close()
-    assert not s.is_alive()
-    router.socket.close()
-
-
-def test_the_next_call_starts_while_one_is_under_way_and_a_third_waits(busy):
-    service, device, router = busy
-    calls = []
-    for seq in (1, 2, 3):
-        router.socket.send_multipart([protocol.encode(dispatch([(0, seq)], seq=seq)), rows(1).tobytes()])
-        if seq < 3:
-            calls.append(device.calls.get(timeout=10))
-    assert not router.socket.poll(0), "nothing is ready"
-    turns = service.progress
-    calls[1].finish()
-    calls[0].finish()
-    device.calls.get(timeout=10).finish()
-    for seq in (1, 2, 3):  # in the order in which they were started
-        reply, tensor = protocol.decode(router.socket.recv_multipart())
-        assert reply.seq == seq and (np.frombuffer(tensor, np.float32) == rows(1)[0] * (seq + 1)).all()
-    assert device.most == 2 and service.progress - turns < 10
-
-
-def test_calls_under_way_end_before_memory_goes(busy):
-    """That of a router which says hello again, and all at the end."""
-    service, device, router = busy
-    router.socket.send_multipart([protocol.encode(dispatch([(0, 1)])), rows(1).tobytes()])
-    call = device.calls.get(timeout=10)
-    router.socket.send_multipart([protocol.encode(Hello("r", 1, "model", "digest"))])
-    assert not router.socket.poll(50) and device.done == 0
-    call.finish()
-    kinds = [protocol.decode(router.socket.recv_multipart())[0].KIND for _ in range(2)]
-    assert kinds == ["reply", "welcome"]
-    router.socket.send_multipart([protocol.encode(dispatch([(0, 1)], seq=2)), rows(1).tobytes()])
-    device.calls.get(timeout=10).finish()
-    service.close()
-    assert device.done == 2
 
 
 @pytest.mark.parametrize(

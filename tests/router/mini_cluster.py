@@ -58,7 +58,7 @@ class Server:
             assert self.gate.wait(DEADLINE_S)
             if self.dead:
                 raise SystemExit  # ends this thread
-            return backend.compute(*args)
+            backend.compute(*args)
 
         terms = {name: getattr(backend, name) for name in ("max_tensor_bytes", "slot_bytes", "dtype", "pin")}
         self.service.open("m", checkpoint.digest, shape, compute, **terms)
