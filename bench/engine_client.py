@@ -92,11 +92,20 @@ class EngineClient:
 
 async def first_router(url: str) -> dict[str, Any]:
     """The first router of the cluster behind `url`, as /admin/status lists it."""
-    async with aiohttp.ClientSession() as session, session.get(url + "/admin/status") as response:
-        processes: list[dict[str, Any]] = (await response.json())["processes"]
-    return next(p for p in processes if p["kind"] == "router")
+    return (await _routers(url))[0]
 
 
 async def router_address(url: str) -> str:
     """Where it listens."""
-    return str((await first_router(url))["address"])
+    return (await router_addresses(url))[0]
+
+
+async def router_addresses(url: str) -> list[str]:
+    """Where all routers of the cluster behind `url` listen."""
+    return [str(router["address"]) for router in await _routers(url)]
+
+
+async def _routers(url: str) -> list[dict[str, Any]]:
+    async with aiohttp.ClientSession() as session, session.get(url + "/admin/status") as response:
+        processes: list[dict[str, Any]] = (await response.json())["processes"]
+    return [p for p in processes if p["kind"] == "router"]

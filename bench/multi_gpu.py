@@ -8,7 +8,8 @@ that says nothing about speed). The weights are random, of Qwen3-30B-A3B's shape
   *price*: the parts of a layer, from a router that takes their times.
 * *kills*: SIGKILL of one server; *at_once*: of 1, 2, … n - 1 at the same moment; *still*: SIGSTOP, and a kernel that
   does not return; *reload*: GB/s after losses against a plain read, and tokens/s meanwhile.
-* *servers*: tokens/s against the number of expert servers.
+* *servers*: tokens/s against the number of expert servers; *routers*: of two routers against one, and deaths of one
+  of two. With four GPUs and more each router has its own.
 
 Each part has a limit of time of its own, and the figures are written after each.
 """
@@ -34,6 +35,7 @@ from bench import multi_gpu_report
 from bench.cluster import serving
 from bench.multi_gpu_config import Config, Gpus, Setting, find_gpus
 from bench.multi_gpu_faults import at_once, kills, reload_figures, throughput
+from bench.multi_gpu_routers import routers
 from bench.qwen3_shape import fewer_layers, layers_that_fit, write_checkpoint
 from bench.standing_still import standing_still
 from bench.static_cost import static_cost
@@ -68,6 +70,9 @@ class Bench:
             await self._part("reload", self._reload)
         if "servers" in parts:
             await self._part("servers", self._servers)
+        if "routers" in parts:
+            found = self.figures.setdefault("routers", {})
+            await self._part("routers", lambda: routers(self._faulty, found, self.save), 2)
 
     async def _part(self, name: str, part: Callable[[], Awaitable[None]], limits: int = 1) -> None:
         begun_s = time.perf_counter()

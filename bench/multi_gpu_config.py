@@ -12,7 +12,7 @@ from moering.checkpoint import Checkpoint
 from moering.config import option
 from moering.errors import ConfigError, MoeringError
 
-PARTS = ("static", "price", "kills", "at_once", "still", "reload", "servers")
+PARTS = ("static", "price", "kills", "at_once", "still", "reload", "servers", "routers")
 MIN_APART = 3
 """Expert servers that have a GPU each; where there are fewer, `SHARED` of them share the GPUs for experts."""
 SHARED = 3

@@ -16,6 +16,7 @@ from bench.command import verdict
 
 COST_BAR, COST_BAR_STREAMS = 0.05, 32
 KILL_BAR_MS, STILL_BAR_MS, RELOAD_BAR = 50.0, 500.0, 0.10
+ROUTERS_BAR = 1.8
 VARIANTS = ("in process", "one micro-batch", "two micro-batches")
 COLORS = ("#4477aa", "#ee6677", "#228833")
 PRICE = ("attention", "copy_out", "send", "hop", "compute", "receive", "combine")
@@ -42,6 +43,7 @@ def table(figures: Figures) -> str:
         ("standing still", _still(figures.get("still", {}))),
         ("reload", _reload(figures.get("reload", {}))),
         ("number of expert servers", _servers(figures)),
+        ("a second router", _routers(figures)),
     )
     for name, rows in sections:
         lines += ["", f"**{name}**" + ("" if rows else ": not run"), *([""] if rows else []), *rows]
@@ -142,6 +144,24 @@ def _servers(figures: Figures) -> list[str]:
     runs = figures.get("servers", {})
     shared = "" if figures["apart"] else " (they share the GPUs for experts: this says nothing about speed)"
     return [f"expert servers: tokens/s {runs}{shared}"] if runs else []
+
+
+def _routers(figures: Figures) -> list[str]:
+    found = figures.get("routers", {})
+    rates = found.get("tokens_per_s", {})
+    if len(rates) < 2:
+        return []
+    gain = rates["2"] / rates["1"]
+    apart = len(figures["gpus"]["names"]) > 3
+    bar = f"bar {ROUTERS_BAR} where expert servers are not the limit: {verdict(gain >= ROUTERS_BAR)}"
+    lines = [
+        f"tokens/s {rates}: {gain:.2f} of one ({bar if apart else 'they share a GPU: this says nothing about speed'})"
+    ]
+    death = found.get("death")
+    if death:
+        gaps = [f["over_kill_ms"] for f in death["faults"]]
+        lines.append(f"{len(gaps)} deaths of one of two: {_sum([death])}; gap over each, ms: {gaps}")
+    return lines
 
 
 def draw(figures: Figures, folder: Path) -> list[Path]:

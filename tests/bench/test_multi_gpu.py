@@ -71,6 +71,17 @@ def test_servers_share_a_gpu_only_where_there_are_too_few() -> None:
     assert [Gpus(("x",) * n, 80.0, "").servers for n in (1, 2, 3, 4, 8)] == [3, 3, 3, 3, 7]
 
 
+@pytest.mark.parametrize(("gpus", "said"), [(2, "they share a GPU"), (4, "MISSED")])
+def test_two_routers_are_held_against_one_where_each_has_a_gpu(gpus: int, said: str) -> None:
+    death = {"account": {"lost": 0, "changed": 1}, "faults": [{"over_kill_ms": 7.0}]}
+    found = {"tokens_per_s": {"1": 100.0, "2": 150.0}, "death": death}
+    card = FIGURES["gpus"] | {"names": ["a card"] * gpus}
+    text = table(FIGURES | {"gpus": card, "routers": found})
+    assert "1.50 of one" in text and said in text
+    assert "1 deaths of one of two: lost 0, changed 1; gap over each, ms: [7.0]" in text
+    assert "**a second router**: not run" in table(FIGURES)
+
+
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(ConfigError, match="parts"):
         Config(parts=("static", "nonsense"))
