@@ -1,9 +1,10 @@
 """Batch-invariant attention on a CPU: `scaled_dot_product_attention` kept to the shapes at which its bits agree.
 
 PyTorch's CPU kernel walks the keys in blocks of 512. A query row gets the same bits in decode, in prefill chunks and
-in a batch when (1) every product has at least 4 query rows and (2) the key length is padded, under an additive mask, so
-that the last block's product with the values splits its sum as a full block does. A full block always qualifies;
-which shorter tails do depends on the matrix library, so `key_tails` probes them.
+in a batch when (1) every product has at least 4 query rows, and no more than `kernels.row_blocks` allows, and (2) the
+key length is padded, under an additive mask, so that the last block's product with the values splits its sum as a full
+block does. A full block always qualifies; which shorter tails do depends on the matrix library, so `key_tails` probes
+them.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from bisect import bisect_left
 
 import torch
 
+from kernels.row_blocks import MULTIPLE, PROBE_ROWS, largest_block
+
 # what `scaled_dot_product_attention` calls; named, because its choice of another kernel would change the bits
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 KEY_BLOCK = 512
-QUERY_MULTIPLE = 4
+QUERY_MULTIPLE = MULTIPLE
 _TAIL_STEP = 64
 _PROBE_QUERIES = (4, 8, 32, 64, 256)
 
@@ -28,8 +31,32 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
     query [b, h, m, d] with m a multiple of 4, key and value [b, h, n, d] (any strides but the last) with n from
     `padded_key_length`; `mask` additive, broadcast to [b, 1, m, n], 0 or -inf, and 0 for key 0. Returns [b, h, m, d].
     """
-    expanded = mask.expand(-1, -1, query.shape[2], -1)
-    return _FLASH(query, key, value, 0.0, False, attn_mask=expanded)[0]
+    rows, block = query.shape[2], query_block(query.shape[3])
+    expanded = mask.expand(-1, -1, rows, -1)
+    if rows <= block:
+        return _attend(query, key, value, expanded)
+    parts = zip(query.split(block, 2), expanded.split(block, 2), strict=True)
+    return torch.cat([_attend(q, key, value, m) for q, m in parts], 2)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return _FLASH(query, key, value, 0.0, False, attn_mask=mask)[0]
+
+
+@functools.cache
+def query_block(head_dim: int) -> int:
+    """The most query rows of one call."""
+    generator = torch.Generator().manual_seed(head_dim)
+    key, value = torch.randn(2, 1, 1, 2 * KEY_BLOCK, head_dim, generator=generator)
+    query = torch.randn(1, 1, PROBE_ROWS, head_dim, generator=generator)
+    mask = torch.zeros(1, 1, PROBE_ROWS, 2 * KEY_BLOCK)
+    fours = [_attend(q, key, value, mask[:, :, :MULTIPLE]) for q in query.split(MULTIPLE, 2)]
+    alone = torch.cat(fours, 2)
+
+    def agrees(n: int) -> bool:
+        return torch.equal(_attend(query[:, :, :n], key, value, mask[:, :, :n]), alone[:, :, :n])
+
+    return largest_block(agrees)
 
 
 def padded_key_length(keys: int, head_dim: int) -> int:

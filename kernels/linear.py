@@ -3,7 +3,8 @@
 `F.linear` in fp32 gives a row other bits at 1, at 2–3 and from 4 rows on, and again others with several threads.
 fbgemm's product with fp16 weights (fp32 activations and accumulation) gives the same bits at every row and thread
 count, reads half the bytes, and is exact in the weights when they are fp16 values: the *packed* backend. Where the
-processor or the weights do not allow it, the *portable* backend is `F.linear` on a multiple of 4 rows and one thread.
+processor or the weights do not allow it, the *portable* backend is `F.linear` on a multiple of 4 rows and one thread,
+and on no more at once than `kernels.row_blocks` allows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from kernels.row_blocks import MULTIPLE, PROBE_ROWS, largest_block
 from kernels.threads import one_thread
 
 Backend = Literal["auto", "packed", "portable"]
@@ -22,7 +24,8 @@ BACKENDS = get_args(Backend)
 
 _LINEAR_FP16 = torch.ops.quantized.linear_dynamic_fp16.default
 
-ROW_MULTIPLE = 4
+_PROBE_COLUMNS = 1024
+"""Of the result; more take long to probe, and are computed piece by piece anyway."""
 MAX_PACK_ERROR = 2.0**-25  # largest absolute rounding error of a weight that packing may cause
 
 
@@ -92,7 +95,19 @@ def _linear_fp16(x: torch.Tensor, packed: Any) -> torch.Tensor:
 
 def _linear_portable(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     rows = x.shape[0]
-    missing = -rows % ROW_MULTIPLE
-    if not missing:
-        return F.linear(x, weight)
-    return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[:rows]
+    missing = -rows % MULTIPLE
+    padded = F.pad(x, (0, 0, 0, missing)) if missing else x
+    block = _row_block(min(weight.shape[0], _PROBE_COLUMNS), weight.shape[1])
+    if len(padded) <= block:
+        return F.linear(padded, weight)[:rows]
+    return torch.cat([F.linear(part, weight) for part in padded.split(block)])[:rows]
+
+
+@functools.cache
+def _row_block(out_features: int, in_features: int) -> int:
+    """The most rows of a product with such a weight; to be called with one thread."""
+    generator = torch.Generator().manual_seed(in_features)
+    x = torch.randn(PROBE_ROWS, in_features, generator=generator)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    in_fours = torch.cat([F.linear(part, weight) for part in x.split(MULTIPLE)])
+    return largest_block(lambda n: torch.equal(F.linear(x[:n], weight), in_fours[:n]))
