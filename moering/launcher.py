@@ -183,10 +183,12 @@ def _check_ready(url: str) -> None:
 def _ready_line(url: str) -> str:
     try:
         models = ", ".join(str(m["id"]) for m in get_json(f"{url}/v1/models")["data"])
-        covered = coverage(fetch(url, key=os.environ.get("MOERING_ADMIN_KEY")))
+        status = fetch(url, key=os.environ.get("MOERING_ADMIN_KEY"))
+        covered, under = coverage(status), status.get("under_target", 0)
     except (HttpError, KeyError, TypeError) as e:  # for example because /admin needs a key
         return f"Ready: {url}/v1 (no details: {e})"
-    return f"Ready: {url}/v1 serves {models}; {covered}"
+    loading = f"; further replicas of {under} experts are being loaded" if under else ""
+    return f"Ready: {url}/v1 serves {models}; {covered}{loading}"
 
 
 def _run(config: Config) -> int:

@@ -25,7 +25,7 @@ from moering.process import watch_launcher
 ANSWERS = {
     "/ready": {},
     "/v1/models": {"data": [{"id": "stub"}]},
-    "/admin/status": {"epoch": 1, "processes": [], "failures_survivable": 1},
+    "/admin/status": {"epoch": 1, "processes": [], "failures_survivable": 0, "under_target": 5},
 }
 
 

@@ -65,7 +65,8 @@ def launched(mailbox: Mailbox) -> Iterator[Launched]:
 def test_says_in_one_line_when_requests_are_accepted(launched: Launched) -> None:
     assert launched.line() == (
         f"Ready: http://127.0.0.1:{launched.port}/v1 serves stub; "
-        "0 expert replicas on 0 expert servers; 1 failure of an expert server is survived\n"
+        "0 expert replicas on 0 expert servers; NO failure of an expert server is survived now; "
+        "further replicas of 5 experts are being loaded\n"
     )
 
 
