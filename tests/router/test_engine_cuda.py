@@ -38,6 +38,8 @@ class Backend(CudaBackend):
 
     def __init__(self, arithmetic, threads):
         super().__init__(64, 96, 99, device=DEVICE)
+        if DEVICE == "cpu":  # all memory there is like pinned memory: rows are read and written in the slots
+            self.pin = lambda memory: lambda: None
 
     def compute(self, *args):
         with _one_at_a_time:
@@ -69,6 +71,22 @@ def test_a_dead_server_changes_no_token(cluster):
     victim.die()
     assert ids(client.until_ended(len(PROMPTS))) == calm
     assert cluster.exchange.dispatcher.counters.rows_resent > 0
+
+
+def test_requests_that_were_parked_get_the_same_tokens(cluster):
+    calm = answers(cluster)
+    for server in cluster.servers[:2]:
+        server.gate.clear()
+        server.entered.clear()
+    client = Client(cluster.address)
+    for name, prompt in PROMPTS.items():
+        client.submit(name, prompt, max_tokens=TOKENS)
+    for server in cluster.servers[:2]:
+        assert server.entered.wait(mini_cluster.DEADLINE_S)
+        server.die()
+    mini_cluster.wait_for(lambda: cluster.engine.gauges()["requests_parked"] == len(PROMPTS))
+    cluster.restart(0)
+    assert ids(client.until_ended(len(PROMPTS))) == calm
 
 
 def test_rows_in_bf16_and_in_float32_give_the_same_logits(cluster, tmp_path):
