@@ -51,6 +51,12 @@ class Moment:
         """In front of the victim, or between a spare and the coordinator."""
         return self.spare.relay if self.spare is not None and self.in_spare else self.arena.relays[self.victim]
 
+    @property
+    def reached_by_streams(self) -> list[Gate]:
+        """Gates to which streams come by themselves."""
+        own = self.gate if self.cell.who != "coordinator" else None
+        return [gate for gate in (*self.observers, own) if gate is not None]
+
     def wait_reached(self, stack: ExitStack) -> None:
         """Until the streams, or the spare, have got there."""
         for observer in self.observers:

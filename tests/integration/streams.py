@@ -80,10 +80,15 @@ class Streams:
             )
         assert not any(s.closed for s in self.streams), "too late: a stream has ended already"
 
+    @property
+    def over(self) -> bool:
+        """Whether every connection has been closed by the server."""
+        return all(s.closed for s in self.streams)
+
     def finish(self) -> list[Stream]:
         """Until every connection has been closed by the server."""
         with self._changed:
-            assert self._changed.wait_for(lambda: all(s.closed for s in self.streams), DEADLINE_S), (
+            assert self._changed.wait_for(lambda: self.over, DEADLINE_S), (
                 f"still open: {[(len(s.tokens), s.ends) for s in self.streams if not s.closed]}"
             )
         return self.streams
