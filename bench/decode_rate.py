@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from bench.engine_client import EngineClient
@@ -53,3 +54,12 @@ def decode_rate(
                 raise MoeringError(f"{len(prompts)} streams: {len(first)} began and {tokens} tokens in {limit_s:g} s")
     finally:
         client.abort()
+
+
+def decode_together(
+    clients: list[EngineClient], prompts: list[list[list[int]]], window_s: float, least_tokens: int
+) -> float:
+    """Tokens/s of several engines that decode at the same time, each client with its own prompts; see `decode_rate`."""
+    with ThreadPoolExecutor(len(clients)) as pool:
+        rates = pool.map(lambda client, mine: decode_rate(client, mine, window_s, least_tokens), clients, prompts)
+        return sum(rate.tokens_per_s for rate in rates)

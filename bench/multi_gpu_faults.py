@@ -34,23 +34,25 @@ async def kills(setting: Setting, url: str, done: list[Figures], save: Save) -> 
     while left > 0:
         times = min(left, setting.config.kills_each)
         left -= times
-        done.append(await _account(setting, url, 1, times))
+        done.append(await account(setting, url, setting.gpus.servers, ("expert-server",), times))
         print(f"kills: {_short(done[-1])}", file=sys.stderr)
         save()
 
 
 async def at_once(setting: Setting, url: str, runs: Figures, save: Save) -> None:
     """SIGKILL of 1, 2, … n - 1 of n servers at the same moment."""
-    for count in range(1, setting.gpus.servers):
-        runs[str(count)] = await _account(setting, url, count, 1)
+    servers = setting.gpus.servers
+    for count in range(1, servers):
+        runs[str(count)] = await account(setting, url, servers, ("expert-server",) * count, 1)
         print(f"{count} at once: {_short(runs[str(count)])}", file=sys.stderr)
         save()
 
 
-async def _account(setting: Setting, url: str, count: int, times: int) -> Figures:
+async def account(setting: Setting, url: str, servers: int, kill: tuple[str, ...], times: int) -> Figures:
+    """What clients of a cluster of so many expert servers see while processes of these kinds die at once, `times`."""
     config = setting.config
     fault_config = FaultConfig(
-        url=url, expert_servers=setting.gpus.servers, kill=("expert-server",) * count, times=times, calm=2.0,
+        url=url, expert_servers=servers, kill=kill, times=times, calm=2.0,
         streams=config.fault_streams, requests=config.fault_streams, prompt_tokens=str(config.prompt_tokens),
         output_tokens=str(config.fault_tokens), restore_timeout=60.0, out=config.out,
         vocab_size=int(Checkpoint(setting.checkpoint).config["vocab_size"]),

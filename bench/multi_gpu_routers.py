@@ -5,19 +5,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
 
 from bench.cluster import serving
-from bench.decode_rate import decode_rate
+from bench.decode_rate import decode_together
 from bench.engine_client import EngineClient, router_addresses
-from bench.fault_report import report
-from bench.fault_run import FaultConfig
-from bench.fault_run import run as run_faults
 from bench.multi_gpu_config import Setting
+from bench.multi_gpu_faults import account
 from bench.static_cost import ANSWER_S, READY_S, WARM_UP_TOKENS, make_prompts
-from moering.checkpoint import Checkpoint
 
 Figures = dict[str, Any]
 
@@ -39,31 +35,13 @@ async def routers(setting: Setting, figures: Figures, save: Callable[[], None]) 
             print(f"{count} routers: {rate:.1f} tokens/s", file=sys.stderr)
             save()
             if count == 2:
-                figures["death"] = await _death(setting, url, servers)
+                figures["death"] = await account(setting, url, servers, ("router",), config.kills_each)
 
 
 def _rate(setting: Setting, addresses: list[str]) -> float:
     """Tokens/s of all routers together, while the streams of all decode."""
     config = setting.config
     clients = [EngineClient(address, ANSWER_S) for address in addresses]
-    prompts = make_prompts(setting, config.fault_streams)
-    with ThreadPoolExecutor(len(clients)) as pool:
-
-        def together(window_s: float) -> float:
-            found = pool.map(lambda client: decode_rate(client, prompts, window_s, WARM_UP_TOKENS), clients)
-            return sum(r.tokens_per_s for r in found)
-
-        together(0.0)
-        return median(together(config.window_s) for _ in range(config.rounds))
-
-
-async def _death(setting: Setting, url: str, servers: int) -> Figures:
-    """Both routers compute prompts and tokens again that the dead one had, so more is computed than was asked for."""
-    config = setting.config
-    fault_config = FaultConfig(
-        url=url, expert_servers=servers, kill=("router",), times=config.kills_each, calm=2.0,
-        streams=config.fault_streams, requests=config.fault_streams, prompt_tokens=str(config.prompt_tokens),
-        output_tokens=str(config.fault_tokens), restore_timeout=60.0, out=config.out,
-        vocab_size=int(Checkpoint(setting.checkpoint).config["vocab_size"]),
-    )  # fmt: skip
-    return report(await run_faults(fault_config))
+    prompts = [make_prompts(setting, config.fault_streams)] * len(clients)
+    decode_together(clients, prompts, 0.0, WARM_UP_TOKENS)
+    return median(decode_together(clients, prompts, config.window_s, WARM_UP_TOKENS) for _ in range(config.rounds))

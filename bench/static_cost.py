@@ -8,12 +8,11 @@ import json
 import random
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
 
 from bench.cluster import serving
-from bench.decode_rate import decode_rate
+from bench.decode_rate import decode_rate, decode_together
 from bench.engine_client import EngineClient, router_address
 from bench.engine_processes import coordinator_address, in_process, started
 from bench.multi_gpu_config import Setting
@@ -116,9 +115,7 @@ class _Comparison:
         clients, count = self._variants[name], self._setting.gpus.count
         each = streams * count // len(clients)
         parts = [self.prompts[i * each : (i + 1) * each] for i in range(len(clients))]
-        with ThreadPoolExecutor(len(clients)) as pool:
-            rates = pool.map(lambda c, p: decode_rate(c, p, window_s, least), clients, parts)
-            return sum(r.tokens_per_s for r in rates)
+        return decode_together(clients, parts, window_s, least)
 
 
 def _price(setting: Setting, join: list[str], prompts: list[list[int]]) -> Figures:

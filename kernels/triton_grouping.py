@@ -131,19 +131,13 @@ def list_tiles(counts: np.ndarray, experts: np.ndarray, block_m: int) -> np.ndar
 
     `counts` pairs belong to each of `experts`, the rows of the weights' first dimension; both [n] with counts > 0.
     """
-    starts = np.cumsum(counts) - counts
-    if counts.max() <= block_m:  # as in nearly all decode steps
-        entries = np.zeros((len(counts), TILE_FIELDS.value), np.int32)
-        entries[:, 0], entries[:, 1], entries[:, 2] = experts, starts, counts
-        entries[:, 3], entries[:, 4] = np.arange(len(counts)), 1
-        return entries
     tiles = -(-counts // block_m)
     which = np.repeat(np.arange(len(counts)), tiles)
     first = np.cumsum(tiles) - tiles
     part = np.arange(len(which)) - first[which]
     entries = np.zeros((len(which), TILE_FIELDS.value), np.int32)
     entries[:, 0] = experts[which]
-    entries[:, 1] = starts[which] + part * block_m
+    entries[:, 1] = (np.cumsum(counts) - counts)[which] + part * block_m
     entries[:, 2] = np.minimum(counts[which] - part * block_m, block_m)
     entries[:, 3] = first[which]
     entries[:, 4] = tiles[which]

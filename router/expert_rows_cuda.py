@@ -21,7 +21,7 @@ class DeviceRows:
     def __init__(self, inputs: torch.Tensor, outputs: torch.Tensor, addresses: torch.Tensor) -> None:
         """`inputs` bf16 [n, hidden] on the host; `outputs` bf16 [n × k, hidden] on the device, for those that are
         copied; `addresses` int64 [n × k or more] on the host: where the row of each slot is, 0 while it has none."""
-        self._inputs = (inputs.view(torch.int16) if inputs.dtype == torch.bfloat16 else inputs).numpy()
+        self._inputs = inputs.view(torch.int16).numpy()
         self._outputs, self._addresses = outputs, addresses.numpy()
         self._row_bytes = outputs.stride(0) * outputs.element_size()
         self.begin_layer()
