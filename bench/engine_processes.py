@@ -36,6 +36,7 @@ class Place:
 @contextlib.contextmanager
 def in_process(place: Place, flags: Sequence[str], log: Path) -> Iterator[str]:
     """The engine with its experts in its own process; its address, once it can be asked."""
+    flags = [*flags, "--micro-batches", "1"]  # none waits for experts
     with started("bench.in_process", place, flags, log) as (process, address):
         assert process.stdout is not None
         if b"listening" not in process.stdout.readline():

@@ -14,7 +14,7 @@ from tests.local_experts_cuda import LocalExperts
 
 
 class WholeDecoder(Decoder):
-    """`until_experts` goes through all layers at once; the engine finds the last one done."""
+    """`launch` goes through all layers at once; the engine finds the last one done."""
 
     def __init__(
         self,
@@ -30,8 +30,8 @@ class WholeDecoder(Decoder):
         rows = self._limits.rows * self.config.top_k
         self._outputs = torch.zeros(rows, self.config.hidden_size, dtype=torch.bfloat16, device=self.device)
 
-    def until_experts(self, mb: MicroBatch) -> None:
-        """All layers, and their experts."""
+    def launch(self, mb: MicroBatch) -> None:
+        """All layers, and their experts; nobody has to wait for them before `logits`."""
         step = mb.step
 
         def body() -> None:

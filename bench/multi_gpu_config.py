@@ -109,7 +109,7 @@ class Setting:
         """Of a process on that GPU."""
         return Place(self.checkpoint, self.config.device, "" if self.config.device == "cpu" else str(gpu))
 
-    def engine_flags(self, streams: int) -> list[str]:
+    def engine_flags(self, streams: int, micro_batches: int = 0) -> list[str]:
         """Of a router, or an engine in one process, that so many streams ask at once."""
         block_bytes = 0.0
         if self.config.device == "cuda":
@@ -119,13 +119,14 @@ class Setting:
         return [
             *("--max-num-seqs", str(streams), "--kv-cache-mb", str(cache_mb)),
             *("--max-num-batched-tokens", "1024", "--max-model-len", str(2 * BLOCK_KEYS)),
+            *("--micro-batches", str(micro_batches)),
         ]
 
-    def serve_flags(self, servers: int, replication: int, streams: int) -> list[str]:
+    def serve_flags(self, servers: int, replication: int, streams: int, micro_batches: int = 0) -> list[str]:
         """Of the launcher."""
         flags = ["--expert-servers", str(servers), "--replication", str(replication), "--max-restart-delay-s", "0"]
         flags += self.gpus.flags if self.config.device == "cuda" else []
-        flags += [f"--router-args={' '.join(self.engine_flags(streams))}"]
+        flags += [f"--router-args={' '.join(self.engine_flags(streams, micro_batches))}"]
         return [*flags, f"--expert-server-args={' '.join(self.expert_flags(servers, replication))}"]
 
     def expert_flags(self, servers: int, replication: int) -> list[str]:

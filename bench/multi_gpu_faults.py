@@ -99,7 +99,6 @@ async def throughput(setting: Setting, runs: Figures, save: Save) -> None:
     prompts = make_prompts(setting, config.fault_streams)
     for count in counts:
         flags = setting.serve_flags(count, 1, config.fault_streams)
-        flags = [f"{f} --micro-batches 2" if f.startswith("--router-args") else f for f in flags]
         log = setting.out / f"servers_{count}.log"
         async with serving(str(setting.checkpoint), log, flags, READY_S) as url:
             client = EngineClient(await router_address(url), ANSWER_S)

@@ -41,7 +41,7 @@ async def static_cost(setting: Setting, figures: Figures, save: Callable[[], Non
     config, gpus = setting.config, setting.gpus
     most = max(map(int, config.streams)) * gpus.count
     servers = gpus.for_experts
-    flags = setting.serve_flags(servers, min(2, servers), most)
+    flags = setting.serve_flags(servers, min(2, servers), most, micro_batches=1)
     async with contextlib.AsyncExitStack() as stack:
         copies = []
         for gpu in range(gpus.count):
@@ -53,10 +53,9 @@ async def static_cost(setting: Setting, figures: Figures, save: Callable[[], Non
         log = setting.out / "static_cluster.log"
         url = await stack.enter_async_context(serving(str(setting.checkpoint), log, flags, READY_S))
         one_address = await router_address(url)
-        join = ["--join", await coordinator_address(url), "--drain-timeout-s", "1", *setting.engine_flags(most)]
-        two = started(
-            "router", setting.place(0), [*join, "--id", "router-two", "--micro-batches", "2"], setting.out / "two.log"
-        )
+        join = ["--join", await coordinator_address(url), "--drain-timeout-s", "1"]
+        join_two = [*join, "--id", "router-two", *setting.engine_flags(most, micro_batches=2)]
+        two = started("router", setting.place(0), join_two, setting.out / "two.log")
         _, two_address = stack.enter_context(two)
         variants = {
             "in process": [EngineClient(a, ANSWER_S) for a in addresses],
@@ -65,7 +64,8 @@ async def static_cost(setting: Setting, figures: Figures, save: Callable[[], Non
         }
         comparison = _Comparison(setting, variants, make_prompts(setting, most))
         if "price" in config.parts:
-            figures["price"] = await asyncio.to_thread(_price, setting, join, comparison.prompts)
+            join_one = [*join, *setting.engine_flags(most, micro_batches=1)]
+            figures["price"] = await asyncio.to_thread(_price, setting, join_one, comparison.prompts)
             save()
         if "static" in config.parts:
             figures["equal"] = await asyncio.to_thread(comparison.equal)

@@ -103,12 +103,13 @@ def traced_decoder() -> type:
     from router.micro_batch_cuda import MicroBatch
 
     class TracedDecoder(Decoder):
-        def until_experts(self, mb: MicroBatch) -> None:
+        def launch(self, mb: MicroBatch) -> None:
             begun = time.perf_counter_ns()
             self._marks = [self._mark()]
-            super().until_experts(mb)
-            marks, wall_us = [*self._marks, self._mark()], (time.perf_counter_ns() - begun) / 1e3
+            super().launch(mb)
+            marks = [*self._marks, self._mark()]
             marks[-1].synchronize()
+            wall_us = (time.perf_counter_ns() - begun) / 1e3
             if mb.rows == len(mb.step.paged.decode_rows) or not mb.step.paged.tiles.shape[0]:
                 names = ("until_combine", "combine", "attention", "copy_out")
                 parts = [a.elapsed_time(b) * 1e3 for a, b in pairwise(marks)]

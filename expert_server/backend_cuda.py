@@ -1,9 +1,9 @@
 """Experts on a GPU: all of a server's experts in one tensor, one copy of rows and one launch per grouped call.
 
 bf16 rows are copied from where they lie to the GPU, and the kernel writes its results where they are wanted; float32
-ones are rounded on the way. The copy of the tile list and both kernels are one CUDA graph for each shape: launching
-them one by one from Python takes longer than a decode step's rows take the GPU. All memory is allotted at the start,
-and every kernel compiled, so that computing can neither stall nor run out of memory.
+ones are rounded on the way. The copy of the lists, the tiles made of them and both kernels are one CUDA graph for each
+shape: launching them one by one from Python takes longer than a decode step's rows take the GPU. All memory is allotted
+at the start, and every kernel compiled, so that computing can neither stall nor run out of memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kernels import pinning
 from kernels.graphs import Graphs
 from kernels.tensors import rows_tensor
 from kernels.triton_expert_ffn import GroupedExperts, numerics_fingerprint
-from kernels.triton_grouping import TILE_FIELDS, Grouping, list_tiles
+from kernels.triton_grouping import TILE_FIELDS, Grouping, list_sorted
 from kernels.triton_tiling import FFNTiling, choose_tiling
 from moering.checkpoint import ExpertWeights
 from moering.errors import ConfigError
@@ -114,24 +114,26 @@ class CudaBackend:
     ) -> None:
         """See `expert_server.backend.Backend`."""
         rows = np.arange(len(hidden)) if rows is None else rows
-        slots = np.array([expert.slot for expert in experts], np.int32)
+        slots = [expert.slot for expert in experts]
         if len(rows) <= CALL_PAIRS:
-            self._compute(hidden, rows, np.array(counts), slots, out)
+            self._compute(hidden, rows, counts, slots, out)
             return
         ids = np.repeat(np.arange(len(counts)), counts)
         for start in range(0, len(rows), CALL_PAIRS):
             piece = slice(start, start + CALL_PAIRS)
             used, local_rows = np.unique(rows[piece], return_inverse=True)
             which, local_counts = np.unique(ids[piece], return_counts=True)
-            self._compute(hidden[used], local_rows, local_counts, slots[which], out[piece])
+            self._compute(hidden[used], local_rows, local_counts.tolist(), [slots[i] for i in which], out[piece])
 
     def _compute(
-        self, hidden: np.ndarray, rows: np.ndarray, counts: np.ndarray, slots: np.ndarray, out: np.ndarray
+        self, hidden: np.ndarray, rows: np.ndarray, counts: list[int], slots: list[int], out: np.ndarray
     ) -> None:
-        tiling = choose_tiling(len(rows), len(counts))
-        tiles = list_tiles(counts, slots, tiling.block_m)
-        room = next_power_of_2(len(tiles))  # few shapes, so few graphs; programs that find no tile end at once
-        with self._workspace.call(hidden, rows, tiles, out):
+        pairs, experts = len(rows), len(counts)
+        tiling = choose_tiling(pairs, experts)
+        block_m = tiling.block_m
+        most_tiles = experts if max(counts) <= block_m else experts + (pairs - experts) // block_m
+        room = next_power_of_2(most_tiles)  # few shapes, so few graphs; programs that find no tile end at once
+        with self._workspace.call(hidden, rows, counts, slots, out):
             self._graphs.run((id(tiling), room), lambda: self._launch(tiling, room))
 
     def _launch(self, tiling: FFNTiling, max_tiles: int) -> None:
@@ -149,10 +151,10 @@ class CudaBackend:
                 tiling = choose_tiling(pairs, experts)
                 if tiling not in seen:
                     seen.add(tiling)
-                    counts = np.full(experts, pairs // experts)
+                    counts = [pairs // experts] * experts
                     counts[0] += pairs % experts
                     x, out = np.zeros((1, hidden), np.int16), np.empty((pairs, hidden), np.int16)
-                    self._compute(x, np.zeros(pairs, np.int64), counts, np.arange(experts, dtype=np.int32), out)
+                    self._compute(x, np.zeros(pairs, np.int64), counts, list(range(experts)), out)
 
 
 class _Workspace:
@@ -169,22 +171,26 @@ class _Workspace:
         self._host_x, self._host_results = (
             torch.zeros(rows, dtype=torch.bfloat16, pin_memory=self._cuda) for _ in range(2)
         )
-        # the number of tiles, the results' address; the row of each pair; at most as many tiles as pairs
-        self._rows_at, self._tiles_at = _ALIGN, _ALIGN + CALL_PAIRS
-        size = self._tiles_at + TILE_FIELDS.value * CALL_PAIRS
+        # the number of experts, the results' address; then the row of each pair, the pairs and the slot of each expert
+        self._rows_at, self._counts_at, self._slots_at = (_ALIGN + n * CALL_PAIRS for n in range(3))
+        size = _ALIGN + 3 * CALL_PAIRS
         self._host_lists = torch.zeros(size, dtype=torch.int32, pin_memory=self._cuda)
         self._lists = torch.zeros(size, dtype=torch.int32, device=device)
         self._array = self._host_lists.numpy()
         self._address = self._array[2:4].view(np.int64)
         self.results_at = self._lists[2:4].view(torch.int64)
         self._order = torch.arange(CALL_PAIRS, dtype=torch.int32, device=device)
+        self._tiles = torch.zeros(CALL_PAIRS, TILE_FIELDS.value, dtype=torch.int32, device=device)
+        self._num_tiles = torch.zeros(1, dtype=torch.int32, device=device)
 
     @contextlib.contextmanager
-    def call(self, hidden: np.ndarray, rows: np.ndarray, tiles: np.ndarray, out: np.ndarray) -> Iterator[None]:
+    def call(
+        self, hidden: np.ndarray, rows: np.ndarray, counts: list[int], slots: list[int], out: np.ndarray
+    ) -> Iterator[None]:
         """The block computes `out`; nothing reads or writes any of these any more after it."""
-        self._array[0] = len(tiles)
-        self._array[self._rows_at : self._rows_at + len(rows)] = rows
-        self._array[self._tiles_at : self._tiles_at + tiles.size] = tiles.reshape(-1)
+        self._array[0] = len(counts)
+        for at, numbers in ((self._rows_at, rows), (self._counts_at, counts), (self._slots_at, slots)):
+            self._array[at : at + len(numbers)] = numbers
         source, results = rows_tensor(hidden), rows_tensor(out)
         if source.dtype == torch.float32:
             source = self._host_x[: len(hidden)].copy_(source)
@@ -198,8 +204,10 @@ class _Workspace:
             results.copy_(self._host_results[: len(rows)])
 
     def fetch_grouping(self, max_tiles: int, block_m: int) -> Grouping:
-        """Start the copy of the lists to the device; what they are there."""
-        end = self._tiles_at + TILE_FIELDS.value * max_tiles
-        self._lists[:end].copy_(self._host_lists[:end], non_blocking=True)
-        tiles = self._lists[self._tiles_at : end].view(max_tiles, TILE_FIELDS.value)
-        return Grouping(self._order, self._lists[self._rows_at : self._tiles_at], tiles, self._lists[:1], block_m)
+        """Start the copy of the lists to the device, and what makes tiles of them."""
+        self._lists.copy_(self._host_lists, non_blocking=True)
+        rows, counts, slots = (
+            self._lists[at : at + CALL_PAIRS] for at in (self._rows_at, self._counts_at, self._slots_at)
+        )
+        list_sorted(self._lists[:1], counts, slots, self._tiles, self._num_tiles, block_m)
+        return Grouping(self._order, rows, self._tiles[:max_tiles], self._num_tiles, block_m)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -31,17 +30,11 @@ def _count(experts_ptr, rank_ptr, counts_ptr, pairs, first, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _list_tiles(
-    counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    expert = tl.arange(0, EXPERTS)
-    valid = expert < num_experts
-    count = tl.load(counts_ptr + expert, mask=valid, other=0)
+def _write_tiles(expert, count, tiles_ptr, num_tiles_ptr, BLOCK_M: tl.constexpr):
+    """The entries of all tiles, `count` pairs of each `expert`; returns where each one's pairs start."""
     offset = tl.cumsum(count) - count
     tiles = (count + BLOCK_M - 1) // BLOCK_M
     tile = tl.cumsum(tiles) - tiles
-    tl.store(offsets_ptr + expert, offset, mask=valid)
-    tl.store(counts_ptr + expert, tl.zeros_like(count), mask=valid)  # ready for the next call
     tl.store(num_tiles_ptr, tl.sum(tiles))
     for part in range(tl.max(tiles)):
         entry = tiles_ptr + TILE_FIELDS * (tile + part)
@@ -51,6 +44,29 @@ def _list_tiles(
         tl.store(entry + 2, tl.minimum(count - part * BLOCK_M, BLOCK_M), mask=here)
         tl.store(entry + 3, tile, mask=here)
         tl.store(entry + 4, tiles, mask=here)
+    return offset
+
+
+@triton.jit
+def _list_tiles(
+    counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    expert = tl.arange(0, EXPERTS)
+    valid = expert < num_experts
+    count = tl.load(counts_ptr + expert, mask=valid, other=0)
+    offset = _write_tiles(expert, count, tiles_ptr, num_tiles_ptr, BLOCK_M)
+    tl.store(offsets_ptr + expert, offset, mask=valid)
+    tl.store(counts_ptr + expert, tl.zeros_like(count), mask=valid)  # ready for the next call
+
+
+@triton.jit
+def _list_sorted_kernel(
+    num_experts_ptr, counts_ptr, experts_ptr, tiles_ptr, num_tiles_ptr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    n = tl.arange(0, EXPERTS)
+    valid = n < tl.load(num_experts_ptr)
+    count = tl.load(counts_ptr + n, mask=valid, other=0)
+    _write_tiles(tl.load(experts_ptr + n, mask=valid, other=0), count, tiles_ptr, num_tiles_ptr, BLOCK_M)
 
 
 @triton.jit
@@ -126,22 +142,17 @@ class Grouping:
         return self.tiles.shape[0]
 
 
-def list_tiles(counts: np.ndarray, experts: np.ndarray, block_m: int) -> np.ndarray:
-    """The tiles of pairs that are sorted by expert already, made on the host: int32 [tiles, TILE_FIELDS].
+def list_sorted(
+    num_experts: torch.Tensor, counts: torch.Tensor, experts: torch.Tensor, tiles: torch.Tensor,
+    num_tiles: torch.Tensor, block_m: int,
+) -> None:  # fmt: skip
+    """Fill `tiles` and `num_tiles`, see `Grouping`, for pairs that are sorted by expert already.
 
-    `counts` pairs belong to each of `experts`, the rows of the weights' first dimension; both [n] with counts > 0.
+    The first `num_experts` [1] of `counts`, above 0, and of `experts`: int32 [n] on the device, n a power of two.
     """
-    tiles = -(-counts // block_m)
-    which = np.repeat(np.arange(len(counts)), tiles)
-    first = np.cumsum(tiles) - tiles
-    part = np.arange(len(which)) - first[which]
-    entries = np.zeros((len(which), TILE_FIELDS.value), np.int32)
-    entries[:, 0] = experts[which]
-    entries[:, 1] = (np.cumsum(counts) - counts)[which] + part * block_m
-    entries[:, 2] = np.minimum(counts[which] - part * block_m, block_m)
-    entries[:, 3] = first[which]
-    entries[:, 4] = tiles[which]
-    return entries
+    _list_sorted_kernel[(1,)](
+        num_experts, counts, experts, tiles, num_tiles, EXPERTS=counts.shape[0], BLOCK_M=block_m, num_warps=8
+    )  # fmt: skip
 
 
 class PairGrouper:

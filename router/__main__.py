@@ -51,7 +51,7 @@ class Router:
         socket = transport.make_socket(zmq.ROUTER, queue_messages=100_000)
         self.address = transport.bind(socket, config.bind, insecure=config.insecure, advertise=config.advertise)
         poller = zmq.Poller()
-        slots = min(MAX_SLOTS, SLOTS * config.micro_batches)
+        slots = min(MAX_SLOTS, SLOTS * config.in_flight)
         hello = Hello(
             self.id, self.incarnation, self.model, self.checkpoint.digest, shared_slots=slots,
             dtype="bfloat16" if config.device == "cuda" else "float32",
@@ -172,11 +172,11 @@ def build_engine(
     prefixes = PrefixCache(parts.block_size, parts.copy_block, config.prefix_caching)
     scheduler = Scheduler(
         BlockManager(parts.num_blocks, prefixes, span), prefixes, config.max_num_seqs, config.max_num_batched_tokens,
-        parts.block_size, limit, StepCost(), model.vocab_size, config.micro_batches,
+        parts.block_size, limit, StepCost(), model.vocab_size, config.in_flight,
     )  # fmt: skip
     return Engine(
         parts.decoder, scheduler, exchange, frontend, poller, sampler=parts.sampler, threads=config.threads,
-        micro_batches=config.micro_batches, missing_expert_timeout_s=config.missing_expert_timeout_s,
+        micro_batches=config.in_flight, missing_expert_timeout_s=config.missing_expert_timeout_s,
         spin_s=transport.SPIN_S if config.device == "cuda" else 0.0,
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ class Scratch:
 
 class Buffers:
     """What one micro-batch keeps between segments. `addresses` says where each output of an expert is, `outputs` or
-    elsewhere; `host_inputs` are what servers are sent."""
+    elsewhere; `host_inputs` are what servers are sent; `reached` marks the end of the last segment that was begun."""
 
     def __init__(self, config: MoEModelConfig, limits: Limits, tile_rows: int, device: torch.device) -> None:
         rows, pinned = limits.rows, device.type == "cuda"
@@ -57,6 +57,7 @@ class Buffers:
         self.host_addresses = torch.zeros(rows * config.top_k, dtype=torch.int64, pin_memory=pinned)
         self.host_inputs = torch.zeros(rows, config.hidden_size, dtype=COMPUTE_DTYPE, pin_memory=pinned)
         self.host_ids = torch.zeros(rows, config.top_k, dtype=torch.int64, pin_memory=pinned)
+        self.reached = torch.cuda.Event() if pinned else None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,9 @@ class Config:
     max_model_len: int = option(0, "tokens of one sequence; 0: what the checkpoint allows")
     kv_cache_mb: int = option(2048, "memory of the KV cache")
     prefix_caching: bool = option(True, "compute the tokens that prompts begin with once (whole blocks of 512)")
-    micro_batches: int = option(1, "micro-batches in flight: while one waits for experts another computes attention")
+    micro_batches: int = option(
+        0, "micro-batches in flight: while one waits for experts another computes attention; 0: 2 on a GPU, else 1"
+    )
     missing_expert_timeout_s: float = option(30.0, "how long a request waits for an expert that no server has")
     drain_timeout_s: float = option(30.0, "how long a router that goes finishes its streams before it hands them over")
     nice: bool = option(False, "start at low priority: others serve meanwhile")
@@ -40,9 +42,14 @@ class Config:
         """Raises `ConfigError` for what a router cannot work with."""
         check_numbers(
             self,
-            positive=("threads", "max_num_seqs", "max_num_batched_tokens", "kv_cache_mb", "micro_batches"),
-            not_negative=("max_model_len", "missing_expert_timeout_s", "drain_timeout_s"),
+            positive=("threads", "max_num_seqs", "max_num_batched_tokens", "kv_cache_mb"),
+            not_negative=("micro_batches", "max_model_len", "missing_expert_timeout_s", "drain_timeout_s"),
         )
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches in flight."""
+        return self.micro_batches or (2 if self.device == "cuda" else 1)
 
     @property
     def server_id(self) -> str:

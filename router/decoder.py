@@ -1,12 +1,14 @@
 """The decoder of the Mixtral and Qwen3-MoE families, split at each MoE layer.
 
-`start`, then per layer `until_experts` and `after_experts`, then `logits`. Between the two the engine has the experts
-computed elsewhere. A row's bits depend on its sequence's tokens alone: not on the batch, the chunks or the threads.
+`start`, then per layer `launch` (or `until_experts`) and `after_experts`, then `logits`. Between the two the engine has
+the experts computed elsewhere. A row's bits depend on its sequence's tokens alone: not on the batch, the chunks or the
+threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -25,6 +27,18 @@ from router.model_config import MoEModelConfig
 ATTENTION_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD = "lm_head.weight"
 HEAD_NORMS = ("q_norm", "k_norm")
+
+
+class Launched(Protocol):
+    """Work of a GPU that is under way; a `torch.cuda.Event`."""
+
+    def query(self) -> bool:
+        """Whether it is done."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until it is."""
+        ...
 
 
 class _Layer:
@@ -86,6 +100,11 @@ class Decoder:
             topk_ids=torch.empty(rows, config.top_k, dtype=torch.int64),
             topk_weights=torch.empty(rows, config.top_k),
         )
+
+    def launch(self, mb: MicroBatch) -> Launched | None:
+        """`until_experts`; on a CPU nothing is under way after it."""
+        self.until_experts(mb)
+        return None
 
     def until_experts(self, mb: MicroBatch) -> None:
         """Attention and gate of layer `mb.layer`: fills `expert_input`, `topk_ids` and `topk_weights`."""

@@ -119,10 +119,20 @@ class Decoder:
         weakref.finalize(mb, self._idle.append, buffers)
         return mb
 
-    def until_experts(self, mb: MicroBatch) -> None:
-        """Up to the gate of layer `mb.layer`: fills the experts' inputs and `topk_ids`. Waits for the GPU."""
+    def launch(self, mb: MicroBatch) -> torch.cuda.Event | None:
+        """Begin what leads up to the gate of layer `mb.layer`. When the event has come (None: now) the experts' inputs
+        and `topk_ids` are there, and the outputs of the layer before have been read."""
         self._run_segment(mb.step, mb.layer)
-        self._wait()
+        reached = mb.step.buffers.reached
+        if reached is not None:
+            reached.record()
+        return reached
+
+    def until_experts(self, mb: MicroBatch) -> None:
+        """`launch`, and wait for it."""
+        reached = self.launch(mb)
+        if reached is not None:
+            reached.synchronize()
         mb.device_rows.begin_layer()
 
     def after_experts(self, mb: MicroBatch) -> None:

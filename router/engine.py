@@ -1,8 +1,8 @@
 """The router's loop: receive, schedule, forward, sample, reply; one thread, blocking sockets.
 
 A forward is split at each MoE layer. Between two layers a micro-batch waits in the exchange for its experts' results,
-so several may be in flight. When experts of some rows have no live replica, those sequences *park* or do what else they
-asked for (`router.parking`); the others go on.
+and a GPU computes it while others are served, so several may be in flight. When experts of some rows have no live
+replica, those sequences *park* or do what else they asked for (`router.parking`); the others go on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ import zmq
 
 from moering.protocol import Abort, Submit, Token, View
 from moering.transport import Wakeup
-from router.decoder import Decoder
+from router.decoder import Decoder, Launched
 from router.exchange import Exchange, Finished
 from router.flight import Flight
 from router.frontend import Frontend
@@ -66,6 +67,7 @@ class Engine:
         self._stopping = False
         self._next_look_s = self._next_report_s = 0.0
         self._flights: set[Flight] = set()
+        self._launched: deque[tuple[Launched, Flight]] = deque()  # those that a GPU computes, in its order
         self.view: View | None = None  # the one that routes
         self.progress = 0
         self.forwards = self.forward_rows = self.forwards_dropped = 0
@@ -128,16 +130,19 @@ class Engine:
                 self._look()
                 self._start()
                 self._poll()
+                reached = self._take_launched()
                 for finished in self._exchange.take_finished():
                     self._advance(finished)
-                self.progress += 1
+                self.progress += reached or not self._launched  # a GPU that hangs is no progress
         self._exchange.close()
         self._frontend.close()
 
     def _poll(self) -> None:
         """Wait until something happens, and take note of it."""
-        wait_ms = min(IDLE_POLL_MS, max(0.0, 1000 * (self._exchange.due_s - self._clock())))
-        ready = (self._spin_s and self._spin()) or self._poller.poll(math.ceil(wait_ms))
+        ready = self._spin() if self._spin_s else None
+        if ready is None:
+            due_ms = 0.0 if self._launched else 1000 * (self._exchange.due_s - self._clock())
+            ready = self._poller.poll(math.ceil(min(IDLE_POLL_MS, max(0.0, due_ms))))
         sockets = [socket for socket, _ in ready]
         if self._wakeup.fd in sockets:
             self._wakeup.clear()
@@ -153,13 +158,30 @@ class Engine:
             self._exchange.changed = False
             self._retry_parked()
 
-    def _spin(self) -> list[tuple[Any, int]]:
-        """Look for answers again and again, for `spin_s`, while any is awaited: a thread that sleeps wakes up late."""
+    def _spin(self) -> list[tuple[Any, int]] | None:
+        """Look for answers and for the end of a GPU's work, for `spin_s`, while any is awaited: a thread that sleeps
+        wakes up late. None: nothing has happened."""
         until_s = self._clock() + self._spin_s
-        while self._exchange.due_s < math.inf and self._clock() < until_s:
+        while (awaited := self._exchange.due_s < math.inf) or self._launched:
+            if self._launched:
+                first = self._launched[0][0]
+                if not awaited:
+                    first.synchronize()
+                if first.query():
+                    return []
+            if self._clock() >= until_s:
+                break
             if ready := self._poller.poll(0):
                 return ready
-        return []
+        return None
+
+    def _take_launched(self) -> bool:
+        """Send out what the GPU has computed by now; whether there was any."""
+        reached = False
+        while self._launched and self._launched[0][0].query():
+            self._reached(self._launched.popleft()[1])
+            reached = True
+        return reached
 
     def _receive(self) -> None:
         for gateway, message in self._frontend.receive():
@@ -217,7 +239,15 @@ class Engine:
     # --- a flight through the layers ---
 
     def _to_experts(self, flight: Flight) -> None:
-        flight.until_experts()
+        launched = flight.launch()
+        if launched is None:
+            self._reached(flight)
+        else:
+            self._launched.append((launched, flight))
+
+    def _reached(self, flight: Flight) -> None:
+        """The gate of this layer has chosen."""
+        flight.expert_rows.begin_layer()
         if self.loads.size:
             counts = np.bincount(flight.topk_ids.reshape(-1), minlength=self.loads.shape[1])
             self.loads[flight.layer] += counts

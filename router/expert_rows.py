@@ -20,6 +20,10 @@ class Reading(Protocol):
 class ExpertRows(Protocol):
     """Of one micro-batch. Rows are arrays of the types in `moering.shared_rows.ARRAYS`."""
 
+    def begin_layer(self) -> None:
+        """The inputs of a layer are there; nothing reads the outputs of the one before any more."""
+        ...
+
     def pack(self, d: Dispatch, out: np.ndarray) -> tuple[int, bytes]:
         """Write the rows of a dispatch to `out` [at least its pairs, hidden]: how many, and its message's `pairs`."""
         ...
@@ -51,6 +55,9 @@ class HostRows:
     def __init__(self, hidden: np.ndarray, output: np.ndarray) -> None:
         """Arrays that share memory with the micro-batch's tensors."""
         self._hidden, self._output = hidden, output
+
+    def begin_layer(self) -> None:
+        """All outputs will be written again."""
 
     def pack(self, d: Dispatch, out: np.ndarray) -> tuple[int, bytes]:
         """One row for each pair: the server need not look for them."""

@@ -27,7 +27,7 @@ class DeviceRows:
         self.begin_layer()
 
     def begin_layer(self) -> None:
-        """Forget the outputs of the layer before; nothing may read them or `addresses` any more."""
+        """See `ExpertRows`; nothing may read `addresses` any more either."""
         self._addresses.fill(0)
         self._filled = 0  # rows of `outputs`
         self._there = _There()

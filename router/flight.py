@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from router.attention_plan import SequenceChunk
-from router.decoder import Decoder
+from router.decoder import Decoder, Launched
 from router.expert_rows import ExpertRows
 from router.micro_batch import MicroBatch
 from router.missing import hopeless, leave_out
@@ -58,11 +58,10 @@ class Flight:
 
     # --- through the layers ---
 
-    def until_experts(self) -> None:
-        """Compute up to the gate of the current layer."""
+    def launch(self) -> Launched | None:
+        """Begin to compute what leads up to the gate of the current layer. None: it is done."""
         torch.set_num_threads(1 if self.micro_batch.rows < FEW_ROWS else self._threads)
-        self._decoder.until_experts(self.micro_batch)
-        self._topk_ids = self.micro_batch.topk_ids.numpy()
+        return self._decoder.launch(self.micro_batch)
 
     def after_experts(self) -> bool:
         """Take in the experts' outputs; True after the last layer."""

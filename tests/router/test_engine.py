@@ -80,6 +80,73 @@ def test_an_engine_that_spins_while_answers_are_awaited_gives_the_same_tokens(cl
     assert poller.looks > sum(len(tokens) for tokens in reference.values())
 
 
+class Asynchronous:
+    """A decoder whose `launch` returns while its work is under way, as on a GPU: until `done` says so."""
+
+    def __init__(self, decoder, done):
+        self.decoder, self.done = decoder, done
+        self.away = set()  # micro-batches whose experts have not answered
+
+    def __getattr__(self, name):
+        return getattr(self.decoder, name)
+
+    def launch(self, mb):
+        self.decoder.launch(mb)
+        return Work(self, mb)
+
+    def after_experts(self, mb):
+        self.away.discard(mb)
+        self.decoder.after_experts(mb)
+
+
+class Work:
+    def __init__(self, decoder, mb):
+        self.decoder, self.mb = decoder, mb
+        self.others = frozenset(decoder.away)
+
+    def query(self):
+        done = self.decoder.done(self)
+        if done:
+            self.decoder.away.add(self.mb)
+        return done
+
+    def synchronize(self):
+        assert not self.decoder.away, "there is an answer to be taken meanwhile"
+        wait_for(self.query)
+
+
+@pytest.mark.parametrize("cluster", [{"micro_batches": 2, "max_num_batched_tokens": 4}], indirect=True)
+def test_answers_are_taken_while_the_gpu_computes_another_micro_batch(cluster, client, reference):
+    """Each piece of the GPU's work ends when the experts of another micro-batch have answered, if any is away."""
+    overlapped = []
+
+    def done(work):
+        if work.others and not work.others <= work.decoder.away:
+            overlapped.append(work)
+        return not work.others or not work.others <= work.decoder.away
+
+    cluster.engine._decoder = Asynchronous(cluster.engine._decoder, done)
+    cluster.engine._spin_s = 0.01
+    submit_all(client)
+    assert client.until_ended(len(PROMPTS)) == reference
+    assert overlapped
+
+
+def test_a_gpu_that_hangs_is_no_progress_and_holds_up_no_messages(cluster, client, reference):
+    engine, released = cluster.engine, threading.Event()
+    engine._decoder = Asynchronous(engine._decoder, lambda work: released.is_set())
+    client.submit("q0", PROMPTS["q0"])
+    wait_for(lambda: engine._launched)
+    turns = engine.progress
+    for name, prompt in list(PROMPTS.items())[1:]:
+        client.submit(name, prompt)
+    wait_for(lambda: engine.queued == len(PROMPTS))
+    assert engine.progress <= turns + 1  # the turn in hand
+    released.set()
+    assert client.until_ended(len(PROMPTS)) == reference
+    assert engine.progress > turns + 1
+
+
 def test_a_resumed_request_goes_on_with_the_same_tokens(client, reference):
     tokens = [t for t, _ in reference["q3"]]
     client.tokens["q3"] = reference["q3"][:5]
