@@ -7,6 +7,7 @@ Neither package is imported (each needs an installation of its own): the named f
 from __future__ import annotations
 
 import ast
+import glob
 import importlib.util
 import json
 import tempfile
@@ -18,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.kernel_cases import Case
-from bench.kernel_peers import Absent, Run, poisoned, silu_mul
+from bench.kernel_cases import DEVICE, Case
+from bench.kernel_peers import Absent, Run, interleaved, poisoned, silu_mul
 
 
 def extract(path: Path, names: Sequence[str], preamble: str) -> Any:
@@ -58,6 +59,8 @@ get_exec = lambda: SimpleNamespace(deterministic=SimpleNamespace(enable_determin
 
 class FusedMoe:
     """What vLLM's and SGLang's Triton kernels share: alignment of pairs to blocks and the tile choices they ship."""
+
+    suffix = ""  # of the names of tile choices, where weights are quantised
 
     def __init__(self, directory: Path | None, name: str, source: str, functions: Sequence[str]) -> None:
         root = (directory or Path("/nonexistent")) / name
@@ -99,7 +102,8 @@ class FusedMoe:
         return [(key, like[key]) for key in keys]
 
     def _shipped(self, experts: int, intermediate: int, card: str) -> dict[int, dict[str, Any]]:
-        files = sorted(self.root.glob(f"configs/**/E={experts},N={intermediate},device_name={card}.json"))
+        name = glob.escape(f"E={experts},N={intermediate},device_name={card}{self.suffix}.json")
+        files = sorted(self.root.glob(f"configs/**/{name}"))
         if not files:
             return {}
         table = json.loads(files[-1].read_text())
@@ -119,16 +123,16 @@ class FusedMoe:
             done += count
         ids = torch.cat(blocks)
         total = torch.tensor([ids.numel()], dtype=torch.int32)
-        return ids.cuda(), torch.tensor(experts, dtype=torch.int32, device="cuda"), total.cuda()
+        return ids.to(DEVICE), torch.tensor(experts, dtype=torch.int32, device=DEVICE), total.to(DEVICE)
 
     def align_on_device(self, case: Case, block_m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same by vLLM's own operator, as the full path needs it."""
         local, pairs = case.shape.local, case.ids.numel()
         size = pairs + local * (block_m - 1)
         size = min(pairs * block_m, size) if pairs < local else size
-        ids = torch.empty(size, dtype=torch.int32, device="cuda")
-        experts = torch.empty(triton.cdiv(size, block_m), dtype=torch.int32, device="cuda")
-        total = torch.empty(1, dtype=torch.int32, device="cuda")
+        ids = torch.empty(size, dtype=torch.int32, device=DEVICE)
+        experts = torch.empty(triton.cdiv(size, block_m), dtype=torch.int32, device=DEVICE)
+        total = torch.empty(1, dtype=torch.int32, device=DEVICE)
         self.align_op.moe_align_block_size(case.ids, local, block_m, ids, experts, total, None)
         return ids, experts, total
 
@@ -136,15 +140,31 @@ class FusedMoe:
 class VLLM(FusedMoe):
     """vLLM's fused_moe Triton kernel."""
 
+    dtype: str | None = None
+    block_shape: tuple[int, int] | None = None
+
     def __init__(self, w13: torch.Tensor, w2: torch.Tensor, directory: Path | None) -> None:
         names = ("write_zeros_to_output", "fused_moe_kernel", "invoke_fused_moe_triton_kernel", "get_default_config")
         super().__init__(directory, "vllm", "fused_moe.py", names)
         self.w13, self.w2 = w13, w2
+        self.scales: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+
+    def rows_in(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of hidden states as the first product takes them, and their scales."""
+        return x, None
+
+    def activate(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gate and up to what the second product takes."""
+        act = torch.empty(both.shape[0], both.shape[1] // 2, dtype=torch.bfloat16, device=both.device)
+        silu_mul(both, act)
+        return act, None
 
     def variants(self, case: Case) -> Sequence[Any]:
         """Tile choices to try; the fastest counts."""
         shape, rows = case.shape, case.hidden.shape[0]
-        default = self.module.get_default_config(rows, shape.local, shape.intermediate, shape.hidden, shape.top_k, None)
+        default = self.module.get_default_config(
+            rows, shape.local, shape.intermediate, shape.hidden, shape.top_k, self.dtype, self.block_shape
+        )
         naive = case.pairs == case.ids.numel() and case.pairs * 4 <= shape.local
         return [
             (choice, n) for choice in self.tile_choices(case, default) for n in ([False, True] if naive else [False])
@@ -154,38 +174,28 @@ class VLLM(FusedMoe):
         """Inputs and outputs of one batch, and the calls to time."""
         choice = {key: value for key, value in variant[0].items() if key != "SPLIT_K"}
         block, top_k, pairs = choice["BLOCK_SIZE_M"], case.shape.top_k, case.ids.numel()
-        both, act = poisoned(pairs, 1, self.w13.shape[1]), poisoned(pairs, self.w2.shape[2])
-        out, total = poisoned(pairs, 1, self.w2.shape[1]), poisoned(case.hidden.shape[0], self.w2.shape[1])
+        both, out = poisoned(pairs, 1, self.w13.shape[1]), poisoned(pairs, 1, self.w2.shape[1])
+        total, rows = poisoned(case.hidden.shape[0], self.w2.shape[1]), self.rows_in(case.hidden)
         host: Any = self.align(case, block)
         if variant[1]:
-            host = (None, case.ids.view(-1), torch.tensor([pairs * block], dtype=torch.int32, device="cuda"))
+            host = (None, case.ids.view(-1), torch.tensor([pairs * block], dtype=torch.int32, device=DEVICE))
 
-        def products(aligned: Any, weighted: bool) -> None:
-            common = dict(compute_type=tl.bfloat16, use_fp8_w8a8=False, use_int8_w8a8=False, use_int8_w8a16=False,
-                          use_int4_w4a16=False, per_channel_quant=False)  # fmt: skip
-            invoke = self.module.invoke_fused_moe_triton_kernel
-            invoke(case.hidden, self.w13, both, None, None, None, *aligned, False, top_k, choice, **common)
-            silu_mul(both.view(pairs, -1), act)
-            invoke(
-                act,
-                self.w2,
-                out,
-                None,
-                None,
-                case.weights if weighted else None,
-                *aligned,
-                weighted,
-                1,
-                choice,
-                **common,
-            )
+        def products(rows: Any, aligned: Any, weights: torch.Tensor | None) -> None:
+            common = dict(compute_type=tl.bfloat16, use_fp8_w8a8=self.dtype is not None, use_int8_w8a8=False,
+                          use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False,
+                          block_shape=self.block_shape)  # fmt: skip
+            invoke, (scale13, scale2) = self.module.invoke_fused_moe_triton_kernel, self.scales
+            invoke(rows[0], self.w13, both, rows[1], scale13, None, *aligned, False, top_k, choice, **common)
+            act, scale = self.activate(both.view(pairs, -1))
+            invoke(act, self.w2, out, scale, scale2, weights, *aligned, weights is not None, 1, choice, **common)
 
         def full() -> None:
-            products(host if variant[1] else self.align_on_device(case, block), True)
+            aligned = host if variant[1] else self.align_on_device(case, block)
+            products(self.rows_in(case.hidden), aligned, case.weights)
             self.align_op.moe_sum(out.view(case.hidden.shape[0], top_k, -1), total)
 
         whole = full if self.align_op is not None and case.pairs == pairs else None
-        return Run(lambda: products(host, False), lambda: out.view(pairs, -1)[case.slots], whole)
+        return Run(lambda: products(rows, host, None), lambda: out.view(pairs, -1)[case.slots], whole)
 
 
 class SGLang(FusedMoe):
@@ -195,8 +205,7 @@ class SGLang(FusedMoe):
         names = ("write_zeros_to_output", "fused_moe_kernel", "invoke_fused_moe_kernel", "_set_triton_tma_allocator",
                  "_get_b_tma_desc_cached", "_moe_sum_reduce_kernel", "moe_sum_reduce_triton")  # fmt: skip
         super().__init__(directory, "sglang", "fused_moe_triton_kernels.py", names)
-        interleaved = w13.view(w13.shape[0], 2, -1, w13.shape[2]).transpose(1, 2).reshape(w13.shape)
-        self.w13, self.w2 = interleaved.contiguous(), w2
+        self.w13, self.w2 = interleaved(w13), w2
 
     def variants(self, case: Case) -> Sequence[Any]:
         """Tile choices to try; the fastest counts."""

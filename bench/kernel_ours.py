@@ -1,4 +1,4 @@
-"""This repository's kernels behind the interface of a peer, and the quantised ones."""
+"""This repository's kernels behind the interface of a peer."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import Any
 
 import torch
 
-from bench.kernel_cases import Case, Shape
+from bench.kernel_cases import DEVICE, Case
 from bench.kernel_peers import Run, poisoned
+from bench.kernel_quantized import CheckpointWeight
 from kernels.triton_combine import combine
 from kernels.triton_expert_ffn import GroupedExperts
 from kernels.triton_grouping import PairGrouper
-from kernels.triton_quantized_ffn import QuantizedExperts, QuantizedWeight, choose_quantized_tiling
+from kernels.triton_quantized_ffn import QuantizedExperts, QuantizedWeight, choose_quantized_tiling, pack_mxfp4
 from kernels.triton_tiling import choose_tiling
 
 
 class Ours:
     """The bf16 kernels."""
+
+    experts: Any
 
     def __init__(self, w13: torch.Tensor, w2: torch.Tensor, directory: Path | None) -> None:
         self.experts = GroupedExperts(w13, w2)
@@ -45,6 +48,23 @@ class Ours:
         return Run(core, lambda: out, full)
 
 
+class OursQuantized(Ours):
+    """The fp8 and MXFP4 kernels."""
+
+    def __init__(self, w13: CheckpointWeight, w2: CheckpointWeight, directory: Path | None) -> None:
+        self.experts = QuantizedExperts(_packed(w13), _packed(w2))
+        self.grouper = PairGrouper(self.experts.num_experts, w13.data.device)
+
+    def variants(self, case: Case) -> Sequence[Any]:
+        """The one that forward would take."""
+        ours = self.experts
+        return [choose_quantized_tiling(case.pairs, ours.num_experts, ours.w13.mxfp4, ours.hidden)]
+
+
+def _packed(weight: CheckpointWeight) -> QuantizedWeight:
+    return pack_mxfp4(weight.data, weight.scale) if weight.mxfp4 else QuantizedWeight(weight.data, weight.scale)
+
+
 class DenseCublas:
     """Not a peer but a ceiling: as many rows through one expert's two products, without an activation."""
 
@@ -58,7 +78,7 @@ class DenseCublas:
     def prepare(self, case: Case, variant: Any) -> Run:
         """Random activations: the first product's output is not what the second one reads."""
         x = case.hidden[case.pair_rows.long()]
-        act = torch.randn(case.pairs, self.w2.shape[1], device="cuda", dtype=torch.bfloat16)
+        act = torch.randn(case.pairs, self.w2.shape[1], device=DEVICE, dtype=torch.bfloat16)
         both, out = poisoned(case.pairs, self.w13.shape[0]), poisoned(case.pairs, self.w2.shape[0])
 
         def core() -> None:
@@ -66,41 +86,3 @@ class DenseCublas:
             torch.mm(act, self.w2.T, out=out)
 
         return Run(core, lambda: torch.full_like(out, float("nan")))
-
-
-def quantized(shape: Shape, kind: str) -> QuantizedExperts:
-    """Random fp8 or MXFP4 experts of a shape."""
-
-    def weight(rows: int, depth: int) -> QuantizedWeight:
-        if kind == "mxfp4":
-            data = torch.randint(0, 256, (shape.local, depth // 64, rows, 32), dtype=torch.uint8, device="cuda")
-            scale = torch.randint(118, 122, (shape.local, depth // 64, rows, 2), dtype=torch.uint8, device="cuda")
-            return QuantizedWeight(data.view(torch.int32), scale.view(torch.int16).squeeze(-1))
-        data = torch.empty(shape.local, rows, depth, dtype=torch.float8_e4m3fn, device="cuda")
-        for expert in range(shape.local):
-            data[expert] = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
-        scale = torch.rand(shape.local, rows // 128, depth // 128, device="cuda") * depth**-0.5
-        return QuantizedWeight(data, scale)
-
-    return QuantizedExperts(weight(2 * shape.intermediate, shape.hidden), weight(shape.hidden, shape.intermediate))
-
-
-def quantized_run(experts: QuantizedExperts, case: Case) -> Run:
-    """What to time of one batch; the full path sums nothing."""
-    tiling = choose_quantized_tiling(case.pairs, experts.num_experts, experts.w13.mxfp4, experts.hidden)
-    grouping = PairGrouper(experts.num_experts, case.hidden.device).group(
-        case.experts, case.pair_rows, 1, tiling.block_m
-    )
-    act, out = poisoned(case.pairs, experts.intermediate), poisoned(case.pairs, experts.hidden)
-
-    def core() -> None:
-        experts.gate_up(case.hidden, grouping, act, tiling)
-        experts.down(act, grouping, out, tiling)
-
-    return Run(core, lambda: out)
-
-
-def quantized_bytes(experts: QuantizedExperts, case: Case) -> float:
-    """Byte floor of a batch: data and scales of the touched experts, rows in and out."""
-    tensors = (experts.w13.data, experts.w13.scale, experts.w2.data, experts.w2.scale)
-    return case.touched * sum(t.nbytes for t in tensors) / experts.num_experts + case.row_bytes

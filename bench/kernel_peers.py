@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.kernel_cases import Case
+from bench.kernel_cases import DEVICE, Case
 
 
 class Absent(Exception):
@@ -53,7 +53,12 @@ def silu_mul(x: torch.Tensor, out: torch.Tensor) -> None:
 
 def poisoned(*shape: int) -> torch.Tensor:
     """A bf16 tensor of NaN, so that what a kernel leaves out shows."""
-    return torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
+    return torch.full(shape, float("nan"), dtype=torch.bfloat16, device=DEVICE)
+
+
+def interleaved(w13: torch.Tensor) -> torch.Tensor:
+    """[experts, gate rows then up rows, any] with gate and up in turn, as kernels with a fused activation want it."""
+    return w13.view(w13.shape[0], 2, -1, w13.shape[2]).transpose(1, 2).reshape(w13.shape).contiguous()
 
 
 class CublasLoop:
@@ -109,7 +114,7 @@ class GroupedMM:
     def prepare(self, case: Case, variant: Any) -> Run:
         """Inputs and outputs of one batch, and the calls to time."""
         x = case.hidden[case.pair_rows.long()[case.order]]
-        ends = torch.tensor(case.counts, device="cuda").cumsum(0).to(torch.int32)
+        ends = torch.tensor(case.counts, device=DEVICE).cumsum(0).to(torch.int32)
         act = poisoned(case.pairs, self.w2.shape[1])
         result: list[torch.Tensor] = []
 
@@ -124,6 +129,10 @@ class TritonKernels:
     """triton_kernels' matmul_ogs with the activation fused (its own module, or the copy that vLLM ships)."""
 
     def __init__(self, w13: torch.Tensor, w2: torch.Tensor, directory: Path | None) -> None:
+        self._import(directory)
+        self.choices: dict[Any, Any] = {None: ((interleaved(w13).transpose(1, 2), None), (w2.transpose(1, 2), None))}
+
+    def _import(self, directory: Path | None) -> None:
         if directory is not None and str(directory) not in sys.path:
             sys.path.insert(0, str(directory))
         try:
@@ -133,17 +142,16 @@ class TritonKernels:
         except ImportError as error:
             raise Absent(str(error)) from error
         self.ogs, self.tensor = matmul_ogs, tensor
-        interleaved = w13.view(w13.shape[0], 2, -1, w13.shape[2]).transpose(1, 2).reshape(w13.shape).contiguous()
-        self.w13, self.w2 = interleaved.transpose(1, 2), w2.transpose(1, 2)
         self.activation = matmul_ogs.FusedActivation(specialize.FnSpecs("silu", _silu_pairs, (), reduction_n=2), ())
 
     def variants(self, case: Case) -> Sequence[Any]:
-        """Tile choices to try; the fastest counts."""
-        return [None]
+        """Weight layouts to try; the fastest counts."""
+        return list(self.choices)
 
     def prepare(self, case: Case, variant: Any) -> Run:
         """Inputs and outputs of one batch, and the calls to time."""
-        counts = torch.tensor(case.counts, dtype=torch.int32, device="cuda")
+        (w13, precision13), (w2, precision2) = self.choices[variant]
+        counts = torch.tensor(case.counts, dtype=torch.int32, device=DEVICE)
         ragged = self.tensor.make_ragged_tensor_metadata(counts, case.pairs)
         routing = self.ogs.RoutingData(None, ragged.block_sizes if hasattr(ragged, "block_sizes") else counts,
                                        len(case.counts), 1, ragged)  # fmt: skip
@@ -152,10 +160,9 @@ class TritonKernels:
         result: list[torch.Tensor] = []
 
         def core() -> None:
-            act = self.ogs.matmul_ogs(
-                case.hidden, self.w13, None, routing, gather_indx=gather, fused_activation=self.activation
-            )
-            result[:] = [self.ogs.matmul_ogs(act, self.w2, None, routing)]
+            act = self.ogs.matmul_ogs(case.hidden, w13, None, routing, gather_indx=gather,
+                                      precision_config=precision13, fused_activation=self.activation)  # fmt: skip
+            result[:] = [self.ogs.matmul_ogs(act, w2, None, routing, precision_config=precision2)]
 
         return Run(core, lambda: _unsort(result[0].view(case.pairs, -1), case))
 
@@ -194,8 +201,8 @@ class DeepGEMM:
             group[start : start + count] = expert
             place[done : done + count] = torch.arange(start, start + count)
             start, done = start + padded[expert], done + count
-        group, place = group.cuda(), place.cuda()
-        x = torch.zeros(sum(padded), case.hidden.shape[1], dtype=torch.bfloat16, device="cuda")
+        group, place = group.to(DEVICE), place.to(DEVICE)
+        x = torch.zeros(sum(padded), case.hidden.shape[1], dtype=torch.bfloat16, device=DEVICE)
         x[place] = case.hidden[case.pair_rows.long()[case.order]]
         both, act = poisoned(sum(padded), self.w13.shape[1]), poisoned(sum(padded), self.w2.shape[2])
         out = poisoned(sum(padded), self.w2.shape[1])

@@ -4,12 +4,14 @@
 
 R distinct batches and routings of a cell are captured in one CUDA graph; a pass is the median of a few replays with the
 L2 flushed, divided by R; a figure is the median of three passes that go round all peers. Byte floor: weights of the
-touched experts, rows in and out, over the card's measured read rate. Operation floor: over its sustained bf16 rate.
+touched experts as they are stored, rows in and out, over the card's measured read rate. Operation floor: over its
+sustained bf16 rate, also for fp8 and MXFP4 weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -25,22 +27,27 @@ import torch
 from bench.kernel_cases import SHAPES, Case, Shape, make_case, reference_error
 from bench.kernel_clock import Clock, ceilings
 from bench.kernel_fused_moe import VLLM, SGLang
-from bench.kernel_ours import DenseCublas, Ours, quantized, quantized_bytes, quantized_run
+from bench.kernel_ours import DenseCublas, Ours, OursQuantized
 from bench.kernel_peers import Absent, CublasLoop, DeepGEMM, GroupedMM, Run, TritonKernels
+from bench.kernel_quantized import TritonKernelsMXFP4, VLLMFp8, quantized_weights
 
 ROWS = {"qwen": (1, 8, 64, 256, 1024, 4096, 16384), "mixtral": (1, 8, 64, 256, 1024, 16384),
         "dsv3": (1, 8, 64, 256, 1024, 4096, 16384)}  # fmt: skip
 PASSES = 3
 QUANTIZED_ROWS = (1, 8, 64, 256)
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "ours": Ours,
-    "vLLM": VLLM,
-    "SGLang": SGLang,
-    "triton_kernels": TritonKernels,
-    "grouped_mm": GroupedMM,
-    "DeepGEMM": DeepGEMM,
-    "cuBLAS loop": CublasLoop,
-    "dense cuBLAS": DenseCublas,
+IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
+    "bf16": {
+        "ours": Ours,
+        "vLLM": VLLM,
+        "SGLang": SGLang,
+        "triton_kernels": TritonKernels,
+        "grouped_mm": GroupedMM,
+        "DeepGEMM": DeepGEMM,
+        "cuBLAS loop": CublasLoop,
+        "dense cuBLAS": DenseCublas,
+    },
+    "fp8": {"ours": OursQuantized, "vLLM": VLLMFp8},
+    "mxfp4": {"ours": OursQuantized, "triton_kernels": TritonKernelsMXFP4},
 }
 
 
@@ -58,9 +65,7 @@ class Entry:
     note: str = ""
 
 
-def enter(
-    name: str, peer: Any, cases: Sequence[Case], weights: tuple[torch.Tensor, torch.Tensor], clock: Clock
-) -> Entry:
+def enter(name: str, peer: Any, cases: Sequence[Case], weights: tuple[Any, Any], clock: Clock) -> Entry:
     """Check a peer's rows, pick its fastest variant, capture its graphs."""
     entry, best = Entry(name), float("inf")
     for variant in peer.variants(cases[0]):
@@ -101,13 +106,16 @@ def measure(
     return entries, cases
 
 
-def row_of(shape: Shape, rows: int, entries: list[Entry], cases: list[Case], rates: dict[str, float]) -> dict[str, Any]:
+def row_of(
+    shape: Shape, kind: str, weights: tuple[Any, Any], entries: list[Entry], cases: list[Case], rates: dict[str, float]
+) -> dict[str, Any]:
     """What one cell says, as plain data."""
-    byte_us = statistics.mean(case.bytes_moved for case in cases) / rates["read"]
+    byte_us = statistics.mean(case.bytes_moved(*weights) for case in cases) / rates["read"]
     operation_us = statistics.mean(case.operations for case in cases) / rates["sustained"]
     cell: dict[str, Any] = {
         "shape": shape.name,
-        "rows": rows,
+        "weights": kind,
+        "rows": cases[0].hidden.shape[0],
         "byte_floor_us": byte_us,
         "operation_floor_us": operation_us,
     }
@@ -124,7 +132,8 @@ def row_of(shape: Shape, rows: int, entries: list[Entry], cases: list[Case], rat
 def show(cell: dict[str, Any], names: Sequence[str]) -> str:
     """One line: floors, then core (and full) of each implementation."""
     floor = max(cell["byte_floor_us"], cell["operation_floor_us"])
-    parts = [f"{cell['shape']} {cell['rows']:5d} floors {cell['byte_floor_us']:.1f}/{cell['operation_floor_us']:.1f}"]
+    parts = [f"{cell['weights']} {cell['shape']} {cell['rows']:5d} "
+             f"floors {cell['byte_floor_us']:.1f}/{cell['operation_floor_us']:.1f}"]  # fmt: skip
     for name in names:
         got = cell[name]
         if got["core_us"] is None:
@@ -136,30 +145,31 @@ def show(cell: dict[str, Any], names: Sequence[str]) -> str:
     return " | ".join(parts)
 
 
-def build(shape: Shape, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+def build(shape: Shape, kind: str, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """The implementations found for a shape, and its weights."""
-    weights = shape.weights()
+    weights = shape.weights() if kind == "bf16" else quantized_weights(shape, kind)
     found: dict[str, Any] = {}
-    for label, make in IMPLEMENTATIONS.items():
+    for label, make in IMPLEMENTATIONS[kind].items():
         if options.only and label not in options.only:
             continue
         try:
             found[label] = make(*weights, options.peers)
         except Absent as reason:
-            print(f"{shape.name}: {label} absent: {reason}", flush=True)
+            print(f"{kind} {shape.name}: {label} absent: {reason}", flush=True)
     return found, weights
 
 
-def rows_of(shape: Shape, options: argparse.Namespace) -> list[int]:
+def rows_of(shape: Shape, kind: str, options: argparse.Namespace) -> list[int]:
     """The row counts asked for."""
-    return [rows for rows in ROWS[shape.name] if not options.rows or rows in options.rows]
+    known = ROWS[shape.name] if kind == "bf16" else QUANTIZED_ROWS
+    return [rows for rows in known if not options.rows or rows in options.rows]
 
 
 def compile_only(options: argparse.Namespace) -> None:
     """Run everything once, so that what compiles at run time is in its cache."""
-    for name in options.shapes:
-        found, _ = build(SHAPES[name], options)
-        for rows in rows_of(SHAPES[name], options):
+    for kind, name in itertools.product(options.weights, options.shapes):
+        found, _ = build(SHAPES[name], kind, options)
+        for rows in rows_of(SHAPES[name], kind, options):
             case = make_case(SHAPES[name], rows, 1)
             for peer in found.values():
                 for variant in peer.variants(case):
@@ -168,36 +178,24 @@ def compile_only(options: argparse.Namespace) -> None:
                         run.core()
                         torch.cuda.synchronize()
                     except Exception as failure:  # the measuring process reports it
-                        print(name, rows, type(failure).__name__, flush=True)
+                        print(kind, name, rows, type(failure).__name__, flush=True)
 
 
 def compile_in_parallel(options: argparse.Namespace) -> None:
-    """One process for each shape and implementation, a few at a time."""
+    """One process for each kind of weights, shape and implementation, a few at a time."""
     common = [sys.executable, "-m", "bench.kernels", "--compile-only"]
     if options.peers:
         common += ["--peers", str(options.peers)]
     if options.rows:
         common += ["--rows", *map(str, options.rows)]
-    labels = options.only or list(IMPLEMENTATIONS)
-    commands = [[*common, "--shapes", name, "--only", label] for name in options.shapes for label in labels]
+    commands = [
+        [*common, "--weights", kind, "--shapes", name, "--only", label]
+        for kind, name in itertools.product(options.weights, options.shapes)
+        for label in IMPLEMENTATIONS[kind]
+        if not options.only or label in options.only
+    ]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda command: subprocess.run(command, check=False, capture_output=True), commands))
-
-
-def quantized_cells(shape: Shape, clock: Clock, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """fp8 and MXFP4 decode, ours alone."""
-    cells = []
-    for kind in ("fp8", "mxfp4"):
-        experts = quantized(shape, kind)
-        for rows in QUANTIZED_ROWS:
-            cases = [make_case(shape, rows, seed) for seed in range(1, 9)]
-            runs = [quantized_run(experts, case) for case in cases]
-            graph = clock.graph([run.core for run in runs])
-            us = statistics.median(clock.replay_us(graph, 5) / len(cases) for _ in range(PASSES))
-            floor = statistics.mean(quantized_bytes(experts, case) for case in cases) / rates["read"]
-            cells.append({"shape": shape.name, "weights": kind, "rows": rows, "byte_floor_us": floor, "core_us": us})
-            print(f"{kind} {shape.name} {rows:5d} floor {floor:.1f} ours {us:.1f} ({floor / us:.2f})", flush=True)
-    return cells
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -205,8 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="directory with peers' files that are not installed")
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
+    parser.add_argument("--weights", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
     parser.add_argument("--rows", nargs="+", type=int, help="only these row counts")
-    parser.add_argument("--only", nargs="+", choices=list(IMPLEMENTATIONS), help="only these implementations")
+    parser.add_argument("--only", nargs="+", choices=list(IMPLEMENTATIONS["bf16"]), help="only these implementations")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--jobs", type=int, default=0, help="compile in so many processes first")
     parser.add_argument("--compile-only", action="store_true", help="run everything once and measure nothing")
@@ -221,20 +220,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{torch.cuda.get_device_name()}: read {rates['read'] / 1e6:.2f} TB/s, bf16 burst {rates['burst'] / 1e6:.0f} "
           f"sustained {rates['sustained'] / 1e6:.0f} TFLOP/s", flush=True)  # fmt: skip
     cells = []
-    for name in options.shapes:
+    for kind, name in itertools.product(options.weights, options.shapes):
         shape = SHAPES[name]
-        found, weights = build(shape, options)
-        for rows in rows_of(shape, options):
-            cells.append(row_of(shape, rows, *measure(shape, rows, found, weights, clock), rates))
+        found, weights = build(shape, kind, options)
+        for rows in rows_of(shape, kind, options):
+            cells.append(row_of(shape, kind, weights, *measure(shape, rows, found, weights, clock), rates))
             print(show(cells[-1], list(found)), flush=True)
+            if options.out:  # after each cell: a run that is cut off keeps what it measured
+                result = {"card": torch.cuda.get_device_name(), "rates": rates, "cells": cells}
+                options.out.write_text(json.dumps(result, indent=1))
             torch.cuda.empty_cache()
         del found, weights
-    compressed = []
-    if not options.only or "ours" in options.only:
-        compressed = [cell for name in options.shapes for cell in quantized_cells(SHAPES[name], clock, rates)]
-    if options.out:
-        result = {"card": torch.cuda.get_device_name(), "rates": rates, "cells": cells, "quantized": compressed}
-        options.out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
