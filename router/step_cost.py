@@ -8,23 +8,26 @@ from collections import deque
 WINDOW = 15  # samples kept of each kind: an order statistic of them shrugs off pauses and follows drift within seconds
 MIN_PREFILL_TOKENS = 4  # progress of prefill in a mixed step, whatever it costs
 MIN_SAMPLE_TOKENS = 16  # a shorter prefill-only step says more about fixed costs than about tokens
-MAX_MIXED_RUN = 50  # then one step without prefill, or the decode time that all is compared with would be stale
+MAX_MIXED_RUN = 25  # then one step without prefill, or the decode time that all is compared with would be stale
+CHEAPER, DEARER = 0.96, 1.4
+"""What a mixed step does to the price of a prefill token. They balance when one step in nine is too long."""
 
 
 class StepCost:
-    """Bounds the prefill tokens of a step: with decodes present it should last at most `max_slowdown` × without.
+    """Bounds the prefill tokens of a step: beside decodes most steps last at most `max_slowdown` × without it.
 
-    Model: seconds = decode(rows) + prefill tokens × per_token, where decode(rows) is the median of recent steps without
-    prefill and per_token is the upper quartile of what recent mixed steps took beyond that. Measured in mixed steps,
-    per_token includes what grows with the prompt's length. Pure: no clock; `record` is told the times.
+    The price of a token is found by trying, as TCP finds its window: a mixed step within the bound makes tokens a bit
+    cheaper, one beyond makes them much dearer. Time divided by tokens would count noise, and what any mixed step costs,
+    as theirs: with few tokens it shows little else, so that few would stay few. Pure: no clock; `record` is told the
+    times.
     """
 
     def __init__(self, max_slowdown: float = 1.7) -> None:
-        self._headroom = max_slowdown - 1
+        self._max_slowdown = max_slowdown
         self._decode: dict[int, deque[float]] = {}  # seconds of steps without prefill, by decode rows
-        self._mixed: deque[float] = deque(maxlen=WINDOW)  # seconds per prefill token beyond the decode time
-        self._mixed_tokens: deque[int] = deque(maxlen=WINDOW)
         self._prefill: deque[float] = deque(maxlen=WINDOW)  # seconds per token of steps without decodes
+        self._price_s: float | None = None  # of a token in a mixed step, once there was one
+        self._allowed = self._limit = 0  # of the last mixed step
         self._mixed_run = 0
 
     def record(self, decode_rows: int, prefill_tokens: int, seconds: float) -> None:
@@ -38,9 +41,8 @@ class StepCost:
         else:
             self._mixed_run += 1
             decode = self.decode_seconds(decode_rows)
-            if decode is not None:
-                self._mixed.append((seconds - decode) / prefill_tokens)
-                self._mixed_tokens.append(prefill_tokens)
+            if decode is not None and 2 * prefill_tokens >= self._allowed:  # the end of a prompt tells nothing
+                self._learn(decode, decode_rows, seconds > self._max_slowdown * decode)
 
     def prefill_tokens(self, decode_rows: int, limit: int) -> int:
         """How many prompt tokens may join a step of `decode_rows`: `limit` when none decode, else
@@ -52,15 +54,31 @@ class StepCost:
             return 0
         decode = self.decode_seconds(decode_rows)
         if decode is None:  # before any data: a row is a row
-            affordable = self._headroom * decode_rows
+            affordable = (self._max_slowdown - 1) * decode_rows
         else:
-            affordable = self._headroom * decode / self._token_seconds(decode / decode_rows)
-        if self._mixed_tokens:  # one step that happened to run fast must not open the gate
-            affordable = min(affordable, 2 * max(self._mixed_tokens))
-        return min(max(int(affordable), MIN_PREFILL_TOKENS), limit)
+            affordable = self._room(decode) / self._price(decode, decode_rows)
+        self._allowed, self._limit = min(max(int(affordable), MIN_PREFILL_TOKENS), limit), limit
+        return self._allowed
+
+    def _room(self, decode_s: float) -> float:
+        """Seconds that prefill may add to a step."""
+        return (self._max_slowdown - 1) * decode_s
+
+    def _price(self, decode_s: float, decode_rows: int) -> float:
+        """Seconds that a token is taken to cost. Until mixed steps have run: what it takes alone."""
+        if self._price_s is not None:
+            return self._price_s
+        return statistics.median(self._prefill) if self._prefill else decode_s / decode_rows
+
+    def _learn(self, decode_s: float, decode_rows: int, too_long: bool) -> None:
+        price = self._price(decode_s, decode_rows)
+        if too_long:
+            self._price_s = min(DEARER * price, self._room(decode_s) / MIN_PREFILL_TOKENS)
+        elif self._allowed < self._limit:
+            self._price_s = CHEAPER * price
 
     def decode_seconds(self, rows: int) -> float | None:
-        """Expected seconds of a step of `rows` decodes alone; None before any such step.
+        """Seconds that a slow step of `rows` decodes alone takes; None before any such step.
 
         Between measured row counts: interpolated. Outside them: the lower estimate, which allows less prefill.
         """
@@ -70,19 +88,12 @@ class StepCost:
         above = min((n for n in self._decode if n >= rows), default=None)
         if below is None:
             assert above is not None
-            return self._median(above) * rows / above
+            return self._slow(above) * rows / above
         if above is None or above == below:
-            return self._median(below)
-        low, high = self._median(below), self._median(above)
+            return self._slow(below)
+        low, high = self._slow(below), self._slow(above)
         return low + (high - low) * (rows - below) / (above - below)
 
-    def _median(self, rows: int) -> float:
-        return statistics.median(self._decode[rows])
-
-    def _token_seconds(self, decode_row_seconds: float) -> float:
-        """Seconds that one more prefill token adds to a step. Until mixed steps have run: what it takes alone."""
-        alone = statistics.median(self._prefill) if self._prefill else decode_row_seconds
-        if not self._mixed:
-            return alone
-        upper_quartile = sorted(self._mixed)[len(self._mixed) * 3 // 4]
-        return max(upper_quartile, alone / 1000)  # noise can make the difference negative
+    def _slow(self, rows: int) -> float:
+        """The upper quartile."""
+        return sorted(self._decode[rows])[len(self._decode[rows]) * 3 // 4]
