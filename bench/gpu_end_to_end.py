@@ -64,6 +64,7 @@ class Config:
     expert_servers: int = option(4, "expert servers")
     replication: int = option(2, "replicas of each expert")
     load_threads: int = option(3, "experts that each server reads and hashes at once")
+    host_replicas: int = option(0, "further experts that each server keeps in pinned host memory")
     kills: int = option(2, "servers killed, one after the other")
     fault_streams: int = option(8, "streams while servers are killed")
     out: str = option("bench-gpu", "directory for gpu_end_to_end.json and the logs")
@@ -201,7 +202,8 @@ async def _cluster(config: Config, checkpoint: Checkpoint, prompts: Prompts, eng
     capacity = 5 * pairs // (4 * config.expert_servers) + 1  # room to move
     flags = ["--expert-servers", str(config.expert_servers), "--replication", str(config.replication)]
     flags += ["--device", config.device, f"--router-args={' '.join(_engine_flags(config))}"]
-    flags += [f"--expert-server-args=--capacity {capacity} --load-threads {config.load_threads}"]
+    of_servers = {"capacity": capacity, "load-threads": config.load_threads, "host-replicas": config.host_replicas}
+    flags += [f"--expert-server-args={' '.join(f'--{name} {value}' for name, value in of_servers.items())}"]
     started_s = time.perf_counter()
     async with serving(str(checkpoint.path), out / "cluster.log", flags, READY_S) as url:
         ready_s = time.perf_counter() - started_s
