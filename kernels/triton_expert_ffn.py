@@ -154,7 +154,7 @@ def check_biases(biases: tuple[torch.Tensor, torch.Tensor] | None, experts: int,
 def _constants(tiling: FFNTiling, cut: Tiling) -> dict[str, Any]:
     launch = {"launch_pdl": True} if tiling.pdl else {}
     return {
-        "HEIGHTS": (tiling.block_m, *cut.lower), "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k,
+        "BLOCK_M": tiling.block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k,
         "GROUP_M": cut.group_m, "SWAP": cut.swap, "FLATTEN": cut.flatten, "PDL": tiling.pdl,
         "num_warps": cut.warps, "num_stages": cut.stages, **launch,
     }  # fmt: skip

@@ -110,7 +110,7 @@ def _gate_up_tile(
 @triton.jit
 def gate_up_kernel(
     x_ptr, x_stride, w_desc, w_pair_desc, bias_ptr, act_ptr, rows_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
-    HEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr,
     BIAS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,6 @@ def gate_up_kernel(
 
     w_desc: [experts * 2 * intermediate, hidden], gate above up; w_pair_desc: the same memory as
     [experts * 2, intermediate, hidden]. bias_ptr: [experts, 2 * intermediate], read with BIAS.
-    HEIGHTS: tuple of tile heights, falling; a tile is computed at the least that holds its rows.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -131,20 +130,10 @@ def gate_up_kernel(
         expert = tl.load(entry)
         start = tl.load(entry + 1)
         rows = tl.load(entry + 2)
-        if len(HEIGHTS) == 1:
-            _gate_up_tile(
-                x_ptr, x_stride, w_desc, w_pair_desc, bias_ptr, act_ptr, rows_ptr, start, rows, expert, block_n,
-                hidden, intermediate,
-                HEIGHTS[0], BLOCK_N, BLOCK_K, SWAP, EVEN_K, BIAS, LIMIT,
-            )  # fmt: skip
-        else:
-            for step in tl.static_range(len(HEIGHTS)):
-                if (rows <= HEIGHTS[step]) & (rows > (HEIGHTS[step + 1] if step + 1 < len(HEIGHTS) else 0)):
-                    _gate_up_tile(
-                        x_ptr, x_stride, w_desc, w_pair_desc, bias_ptr, act_ptr, rows_ptr, start, rows, expert,
-                        block_n, hidden, intermediate,
-                        HEIGHTS[step], BLOCK_N, BLOCK_K, SWAP or step > 0, EVEN_K, BIAS, LIMIT,
-                    )  # fmt: skip
+        _gate_up_tile(
+            x_ptr, x_stride, w_desc, w_pair_desc, bias_ptr, act_ptr, rows_ptr, start, rows, expert, block_n,
+            hidden, intermediate, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K, BIAS, LIMIT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -182,7 +171,7 @@ def _down_tile(
 def down_kernel(
     act_ptr, act_desc, w_desc, w_ptr, bias_ptr, out_ptr, out_stride, order_ptr, tiles_ptr, num_tiles_ptr,
     hidden, intermediate,
-    HEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr, ACT_TMA: tl.constexpr,
     PREFETCH_PARTS: tl.constexpr, PREFETCH_BYTES: tl.constexpr, BIAS: tl.constexpr, OUT_AT: tl.constexpr,
 ):  # fmt: skip
@@ -215,17 +204,7 @@ def down_kernel(
         w_row = tl.load(entry) * hidden + block_n * BLOCK_N
         start = tl.load(entry + 1)
         rows = tl.load(entry + 2)
-        if len(HEIGHTS) == 1:
-            _down_tile(
-                act_ptr, act_desc, w_desc, bias_ptr, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n,
-                hidden, intermediate,
-                HEIGHTS[0], BLOCK_N, BLOCK_K, SWAP, EVEN_K, ACT_TMA, BIAS,
-            )  # fmt: skip
-        else:
-            for step in tl.static_range(len(HEIGHTS)):
-                if (rows <= HEIGHTS[step]) & (rows > (HEIGHTS[step + 1] if step + 1 < len(HEIGHTS) else 0)):
-                    _down_tile(
-                        act_ptr, act_desc, w_desc, bias_ptr, out_ptr, out_stride, order_ptr, start, rows, w_row,
-                        block_n, hidden, intermediate,
-                        HEIGHTS[step], BLOCK_N, BLOCK_K, SWAP or step > 0, EVEN_K, ACT_TMA and step == 0, BIAS,
-                    )  # fmt: skip
+        _down_tile(
+            act_ptr, act_desc, w_desc, bias_ptr, out_ptr, out_stride, order_ptr, start, rows, w_row, block_n,
+            hidden, intermediate, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K, ACT_TMA, BIAS,
+        )  # fmt: skip

@@ -11,8 +11,7 @@ class Tiling:
 
     block_n, block_k: weight rows (of gate, and as many of up) and depth per step.
     swap: weights are the left operand.  group_m: tiles of an expert that share a weight block before the next one.
-    lower: further tile heights below the common one, falling; a tile is computed, swapped, at the least that fits it.
-    flatten: the loads of a program's next item start under the last one (not with lower).
+    flatten: the loads of a program's next item start under the last one.
     act_tma: down reads activations through TMA.
     programs_per_sm: 0 for one program per work item, else a grid that strides over the items.
     prefetch_bytes: how much of each weight row down asks for under PDL while gate/up still runs; a grid's must fit L2.
@@ -24,7 +23,6 @@ class Tiling:
     stages: int
     swap: bool = True
     group_m: int = 1
-    lower: tuple[int, ...] = ()
     flatten: bool = False
     act_tma: bool = False
     programs_per_sm: int = 0
@@ -41,20 +39,31 @@ class FFNTiling:
     pdl: bool = False
 
 
-_ONE_PAIR = FFNTiling(16, Tiling(16, 256, 2, 4, swap=False), Tiling(64, 128, 4, 4))
-_FEW_PAIRS = FFNTiling(16, _ONE_PAIR.gate_up, Tiling(64, 128, 4, 4, prefetch_bytes=512), pdl=True)
-_UP_TO_6 = FFNTiling(16, Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 4, act_tma=True))
-_UP_TO_20 = FFNTiling(32, Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 4, act_tma=True))
-_UP_TO_90 = FFNTiling(
-    128,
-    Tiling(64, 64, 4, 3, swap=False, group_m=8, lower=(64, 32)),
-    Tiling(128, 64, 4, 3, swap=False, group_m=8, lower=(64, 32), act_tma=True),
+_ONE_PAIR = FFNTiling(16, Tiling(16, 256, 2, 4, swap=False), Tiling(64, 128, 4, 5))
+_FEW_PAIRS = FFNTiling(16, _ONE_PAIR.gate_up, Tiling(64, 128, 4, 5, prefetch_bytes=512), pdl=True)
+_UP_TO_6 = FFNTiling(16, Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 5, flatten=True, act_tma=True, programs_per_sm=2))
+_UP_TO_20 = FFNTiling(
+    32,
+    Tiling(128, 128, 8, 3, group_m=4),
+    Tiling(128, 128, 8, 5, group_m=4, flatten=True, act_tma=True, programs_per_sm=1),
 )
-_UP_TO_180 = FFNTiling(128, Tiling(128, 64, 8, 4, swap=False, group_m=8, lower=(64, 32)), _UP_TO_90.down)
+_UP_TO_90 = FFNTiling(
+    64,
+    Tiling(128, 64, 4, 5, swap=False, group_m=4, flatten=True, programs_per_sm=1),
+    Tiling(128, 64, 4, 3, group_m=4, flatten=True, act_tma=True, programs_per_sm=3),
+)
+_UP_TO_180 = FFNTiling(
+    64,
+    _UP_TO_90.gate_up,
+    Tiling(256, 64, 8, 5, swap=False, group_m=4, flatten=True, act_tma=True, programs_per_sm=1),
+)
 _LARGE = FFNTiling(
     128,
     Tiling(128, 64, 8, 4, swap=False, group_m=8, flatten=True, programs_per_sm=1),
     Tiling(256, 64, 8, 4, swap=False, group_m=8, flatten=True, act_tma=True, programs_per_sm=1),
+)
+_LARGE_FEW_TILES = FFNTiling(  # so few that blocks of 256 would leave multiprocessors idle in the last round
+    128, _LARGE.gate_up, Tiling(128, 64, 4, 5, swap=False, group_m=8, flatten=True, act_tma=True, programs_per_sm=1)
 )
 _BY_MEAN_ROWS = ((6, _UP_TO_6), (20, _UP_TO_20), (90, _UP_TO_90), (180, _UP_TO_180))
 
@@ -66,4 +75,4 @@ def choose_tiling(pairs: int, num_experts: int) -> FFNTiling:
     for limit, tiling in _BY_MEAN_ROWS:
         if pairs <= limit * num_experts:
             return tiling
-    return _LARGE
+    return _LARGE_FEW_TILES if pairs <= 4096 else _LARGE

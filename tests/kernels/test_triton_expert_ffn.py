@@ -17,17 +17,15 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16] if DEVICE == "cpu" else 
 EXACT_DTYPES = DTYPES[:-1] if DEVICE == "cpu" else DTYPES
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.2e-2 if DEVICE == "cpu" else 6e-3}
 SMALL = FFNTiling(16, Tiling(32, 32, 4, 2), Tiling(64, 32, 4, 2, act_tma=True))
-MIXED = FFNTiling(
-    32,
-    Tiling(32, 32, 4, 2, swap=False, group_m=2, lower=(16,), programs_per_sm=3),
-    Tiling(32, 32, 4, 2, swap=False, group_m=2, lower=(16,)),
+GROUPED = FFNTiling(
+    32, Tiling(32, 32, 4, 2, swap=False, group_m=2, programs_per_sm=3), Tiling(32, 32, 4, 2, swap=False, group_m=2)
 )
 PERSISTENT = FFNTiling(
     16,
     Tiling(16, 64, 4, 2, swap=False, flatten=True, programs_per_sm=2),
     Tiling(32, 16, 4, 2, swap=False, flatten=True, act_tma=True, programs_per_sm=2),
 )
-TILINGS = {"small": SMALL, "mixed": MIXED, "persistent": PERSISTENT}
+TILINGS = {"small": SMALL, "grouped": GROUPED, "persistent": PERSISTENT}
 
 
 def weights(experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +114,7 @@ if DEVICE == "cuda":  # the interpreter multiplies with numpy, whose bits follow
         ids = scores.topk(2).indices.to(DEVICE, torch.int32).contiguous()
         wanted = experts.forward(hidden_states, ids.view(-1), top_k=2)
         part = ids[:rows].reshape(-1)
-        for tiling in [choose_tiling(pairs, 8) for pairs in (2, 8, 40, 120, 400, 1200, 8192)]:
+        for tiling in [choose_tiling(pairs, 8) for pairs in (2, 8, 40, 120, 400, 1200, 2400, 8192)]:
             got = experts.forward(hidden_states[:rows], part, top_k=2, tiling=tiling)
             assert torch.equal(bits(got), bits(wanted[: 2 * rows]))
 
