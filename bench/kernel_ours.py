@@ -11,10 +11,11 @@ import torch
 from bench.kernel_cases import DEVICE, Case
 from bench.kernel_peers import Run, poisoned
 from bench.kernel_quantized import CheckpointWeight
+from kernels.quantized_weight import QuantizedWeight, pack_fp8, pack_mxfp4
 from kernels.triton_combine import combine
 from kernels.triton_expert_ffn import GroupedExperts
 from kernels.triton_grouping import PairGrouper
-from kernels.triton_quantized_ffn import QuantizedExperts, QuantizedWeight, choose_quantized_tiling, pack_mxfp4
+from kernels.triton_quantized_ffn import QuantizedExperts, choose_quantized_tiling
 from kernels.triton_tiling import choose_tiling
 
 
@@ -62,7 +63,7 @@ class OursQuantized(Ours):
 
 
 def _packed(weight: CheckpointWeight) -> QuantizedWeight:
-    return pack_mxfp4(weight.data, weight.scale) if weight.mxfp4 else QuantizedWeight(weight.data, weight.scale)
+    return (pack_mxfp4 if weight.mxfp4 else pack_fp8)(weight.data, weight.scale)
 
 
 class DenseCublas:

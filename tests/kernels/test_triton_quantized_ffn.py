@@ -9,12 +9,8 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.triton_quantized_ffn import (
-    QuantizedExperts,
-    QuantizedWeight,
-    choose_quantized_tiling,
-    pack_mxfp4,
-)
+from kernels.quantized_weight import QuantizedWeight, pack_fp8, pack_mxfp4
+from kernels.triton_quantized_ffn import QuantizedExperts, choose_quantized_tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 6e-3 if DEVICE == "cuda" else 1.2e-2  # the interpreter truncates to bf16 where a GPU rounds
@@ -28,7 +24,7 @@ def fp8(experts: int, rows: int, depth: int) -> Made:
     data = (torch.randn(experts, rows, depth, generator=generator) * 64).to(torch.float8_e4m3fn)
     scale = (torch.rand(experts, rows // 128, depth // 128, generator=generator) + 0.5) / 64 * depth**-0.5
     dense = data.double() * scale.repeat_interleave(128, 1).repeat_interleave(128, 2).double()
-    return QuantizedWeight(data.to(DEVICE), scale.to(DEVICE)), dense.to(DEVICE)
+    return pack_fp8(data.to(DEVICE), scale.to(DEVICE)), dense.to(DEVICE)
 
 
 def mxfp4(experts: int, rows: int, depth: int) -> Made:
@@ -38,8 +34,7 @@ def mxfp4(experts: int, rows: int, depth: int) -> Made:
     scales = torch.randint(119, 124, (experts, rows, depth // 32), generator=generator, dtype=torch.uint8)
     values = torch.stack([E2M1[(blocks & 15).long()], E2M1[(blocks >> 4).long()]], dim=-1).view(experts, rows, depth)
     dense = values * torch.exp2(scales.double() - 127).repeat_interleave(32, 2)
-    packed = pack_mxfp4(blocks, scales)
-    return QuantizedWeight(packed.data.to(DEVICE), packed.scale.to(DEVICE)), dense.to(DEVICE)
+    return pack_mxfp4(blocks.to(DEVICE), scales.to(DEVICE)), dense.to(DEVICE)
 
 
 def ints(values: list[int]) -> torch.Tensor:
@@ -91,38 +86,18 @@ if DEVICE == "cuda":  # the interpreter multiplies with numpy, whose bits follow
         ids = torch.rand(4096, 8, generator=torch.Generator().manual_seed(5)).topk(2).indices.to(DEVICE, torch.int32)
         ids = ids.contiguous()
         wanted = experts.forward(hidden_states, ids.view(-1), top_k=2)[: 2 * rows].view(torch.int16)
-        for n, kind in itertools.product((1, 12, 40, 100, 4096), (True, False)):
-            tiling = choose_quantized_tiling(n, 8, kind, 256)
+        for n, hidden in itertools.product((1, 12, 40, 100, 4096), (256, 8192)):
+            tiling = choose_quantized_tiling(n, 8, w13.mxfp4, hidden)
             got = experts.forward(hidden_states[:rows], ids[:rows].reshape(-1), top_k=2, tiling=tiling)
             assert torch.equal(got.view(torch.int16), wanted)
-
-
-def test_packing_keeps_every_weight() -> None:
-    blocks = torch.arange(64, dtype=torch.uint8).view(1, 2, 32)  # byte 1 of row 0 holds weights 2 (low) and 3 (high)
-    scales = torch.tensor([[[120, 121], [122, 123]]], dtype=torch.uint8)
-    packed = pack_mxfp4(blocks, scales)
-    assert packed.data.shape == (1, 1, 2, 8)
-    assert packed.shape == (1, 2, 64)
-    nibbles = torch.stack([blocks & 15, blocks >> 4], dim=-1).view(2, 64)
-    for column in range(64):
-        half, rest = divmod(column, 32)
-        word = packed.data[0, 0, :, 4 * half + rest % 8 // 2].to(torch.int64)
-        assert torch.equal(word >> (rest % 2 * 16 + rest // 8 * 4) & 15, nibbles[:, column].to(torch.int64))
-    assert packed.scale.tolist() == [[[120 + (121 << 8), 122 + (123 << 8)]]]
 
 
 def test_arguments_are_checked() -> None:
     (w13, _), (w2, _) = fp8(2, 256, 128), fp8(2, 128, 128)
     with pytest.raises(ValueError, match="belong together"):
-        QuantizedExperts(w13, QuantizedWeight(w2.data[:1].contiguous(), w2.scale[:1].contiguous()))
-    with pytest.raises(ValueError, match="scales"):
-        QuantizedExperts(QuantizedWeight(w13.data, w13.scale[:, :1].contiguous()), w2)
-    with pytest.raises(ValueError, match="multiples of 128"):
-        QuantizedExperts(QuantizedWeight(w13.data[:, :, :64].contiguous(), w13.scale), w2)
-    with pytest.raises(ValueError, match="multiple of 64"):
-        pack_mxfp4(torch.zeros(1, 2, 16, dtype=torch.uint8), torch.zeros(1, 2, 1, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="want range"):
-        pack_mxfp4(torch.zeros(1, 2, 32, dtype=torch.uint8), torch.full((1, 2, 2), 145, dtype=torch.uint8))
+        QuantizedExperts(w13, QuantizedWeight(w2.data[:1], w2.scale[:1]))
+    with pytest.raises(ValueError, match="belong together"):
+        QuantizedExperts(w13, mxfp4(2, 128, 128)[0])
     experts = QuantizedExperts(w13, w2)
     with pytest.raises(ValueError, match="bfloat16"):
         experts.forward(torch.zeros(1, 128, device=DEVICE), ints([0]))
