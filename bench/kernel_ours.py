@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from bench.kernel_quantized import CheckpointWeight
 from kernels.quantized_weight import QuantizedWeight, pack_fp8, pack_mxfp4
 from kernels.triton_combine import combine
 from kernels.triton_expert_ffn import GroupedExperts
+from kernels.triton_few_pairs import MAX_PAIRS
 from kernels.triton_grouping import PairGrouper
 from kernels.triton_quantized_ffn import QuantizedExperts, choose_quantized_tiling
 from kernels.triton_tiling import choose_tiling
@@ -35,18 +36,30 @@ class Ours:
     def prepare(self, case: Case, variant: Any) -> Run:
         """Inputs and outputs of one batch, and the calls to time."""
         ours, ids = self.experts, case.ids.view(-1)
-        grouping = self.grouper.group(case.experts, case.pair_rows, 1, variant.block_m)
         act, out = poisoned(case.pairs, ours.intermediate), poisoned(case.pairs, ours.hidden)
         absent = None if case.pairs == ids.numel() else ids
-
-        def core() -> None:
-            ours.gate_up(case.hidden, grouping, act, variant)
-            ours.down(act, grouping, out, variant)
+        core = self.core(case, variant, act, out)
 
         def full() -> None:
             combine(ours.forward(case.hidden, ids, top_k=case.shape.top_k), case.weights, absent)
 
         return Run(core, lambda: out, full)
+
+    def core(self, case: Case, variant: Any, act: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+        """The FFN of listed pairs; those of few pairs need not be grouped."""
+        if case.pairs <= MAX_PAIRS:
+            return lambda: self.experts.few_pairs(case.hidden, case.experts, case.pair_rows, 1, act, out)
+        return self.products(case, variant, act, out)
+
+    def products(self, case: Case, variant: Any, act: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+        """Both products of grouped pairs."""
+        grouping = self.grouper.group(case.experts, case.pair_rows, 1, variant.block_m)
+
+        def core() -> None:
+            self.experts.gate_up(case.hidden, grouping, act, variant)
+            self.experts.down(act, grouping, out, variant)
+
+        return core
 
 
 class OursQuantized(Ours):
@@ -60,6 +73,8 @@ class OursQuantized(Ours):
         """The one that forward would take."""
         ours = self.experts
         return [choose_quantized_tiling(case.pairs, ours.num_experts, ours.w13.mxfp4, ours.hidden)]
+
+    core = Ours.products
 
 
 def _packed(weight: CheckpointWeight) -> QuantizedWeight:

@@ -1,9 +1,10 @@
 """Experts on a GPU: all of a server's experts in one tensor, one copy of rows and one launch per grouped call.
 
 bf16 rows are copied from where they lie to the GPU, and the kernel writes its results where they are wanted; float32
-ones are rounded on the way. The copy of the lists, the tiles made of them and both kernels are one CUDA graph for each
-shape: launching them one by one from Python takes longer than a decode step's rows take the GPU. All memory is allotted
-at the start, and every kernel compiled, so that computing can neither stall nor run out of memory.
+ones are rounded on the way. The copy of the lists, the tiles made of them and both kernels (of few pairs one, without
+tiles) are one CUDA graph for each shape: launching them one by one from Python takes longer than a decode step's rows
+take the GPU. All memory is allotted at the start, and every kernel compiled, so that computing can neither stall nor
+run out of memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from kernels import pinning
 from kernels.graphs import Graphs
 from kernels.tensors import rows_tensor
 from kernels.triton_expert_ffn import GroupedExperts, numerics_fingerprint
+from kernels.triton_few_pairs import MAX_PAIRS
 from kernels.triton_grouping import TILE_FIELDS, Grouping, list_sorted
 from kernels.triton_tiling import FFNTiling, choose_tiling
 from moering.checkpoint import ExpertWeights
@@ -129,6 +130,10 @@ class CudaBackend:
         self, hidden: np.ndarray, rows: np.ndarray, counts: list[int], slots: list[int], out: np.ndarray
     ) -> None:
         pairs, experts = len(rows), len(counts)
+        if pairs <= MAX_PAIRS:
+            with self._workspace.call(hidden, rows, counts, np.repeat(slots, counts).tolist(), out):
+                self._graphs.run((pairs,), lambda: self._launch_few(pairs))
+            return
         tiling = choose_tiling(pairs, experts)
         block_m = tiling.block_m
         most_tiles = experts if max(counts) <= block_m else experts + (pairs - experts) // block_m
@@ -138,17 +143,23 @@ class CudaBackend:
 
     def _launch(self, tiling: FFNTiling, max_tiles: int) -> None:
         """From the lists in pinned memory to the results."""
-        workspace, tiling = self._workspace, replace(tiling, pdl=False)
+        workspace = self._workspace
         grouping = workspace.fetch_grouping(max_tiles, tiling.block_m)
         self._kernels.gate_up(workspace.x, grouping, workspace.activations, tiling)
         self._kernels.down(workspace.activations, grouping, workspace.results_at, tiling)
 
+    def _launch_few(self, pairs: int) -> None:
+        """Likewise; the workspace has the slot of each pair."""
+        workspace = self._workspace
+        rows, _, slots = (numbers[:pairs] for numbers in workspace.fetch_lists())
+        self._kernels.few_pairs(workspace.x, slots, rows, 1, workspace.activations, workspace.results_at)
+
     def _warm_up(self, hidden: int) -> None:
-        """Compile what any number of pairs may need: one call for each tiling."""
+        """Compile what any number of pairs may need: one call of few pairs, and one for each tiling."""
         seen = set()
         for pairs in range(1, CALL_PAIRS + 1):
             for experts in (1, min(pairs, self.capacity)):
-                tiling = choose_tiling(pairs, experts)
+                tiling = None if pairs <= MAX_PAIRS else choose_tiling(pairs, experts)
                 if tiling not in seen:
                     seen.add(tiling)
                     counts = [pairs // experts] * experts
@@ -203,11 +214,13 @@ class _Workspace:
         if not in_place:
             results.copy_(self._host_results[: len(rows)])
 
+    def fetch_lists(self) -> tuple[torch.Tensor, ...]:
+        """Start the copy of the lists to the device: rows, counts and slots, as `call` got them."""
+        self._lists.copy_(self._host_lists, non_blocking=True)
+        return tuple(self._lists[at : at + CALL_PAIRS] for at in (self._rows_at, self._counts_at, self._slots_at))
+
     def fetch_grouping(self, max_tiles: int, block_m: int) -> Grouping:
         """Start the copy of the lists to the device, and what makes tiles of them."""
-        self._lists.copy_(self._host_lists, non_blocking=True)
-        rows, counts, slots = (
-            self._lists[at : at + CALL_PAIRS] for at in (self._rows_at, self._counts_at, self._slots_at)
-        )
+        rows, counts, slots = self.fetch_lists()
         list_sorted(self._lists[:1], counts, slots, self._tiles, self._num_tiles, block_m)
         return Grouping(self._order, rows, self._tiles[:max_tiles], self._num_tiles, block_m)

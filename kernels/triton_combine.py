@@ -10,10 +10,8 @@ import triton.language as tl
 @triton.jit
 def _combine_kernel(
     pair_rows_ptr, weights_ptr, experts_ptr, out_ptr, hidden,
-    TOP_K: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < hidden
@@ -28,9 +26,7 @@ def _combine_kernel(
     tl.store(out_ptr + row * hidden + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def combine(
-    pair_rows: torch.Tensor, topk_weights: torch.Tensor, experts: torch.Tensor | None = None, pdl: bool = False
-) -> torch.Tensor:
+def combine(pair_rows: torch.Tensor, topk_weights: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
     """out[n] = sum over j of topk_weights[n, j] * pair_rows[n * top_k + j], multiplied, then added by rising j, fp32.
 
     pair_rows: [rows * top_k, hidden]; topk_weights: [rows, top_k] float32. Returns [rows, hidden] of pair_rows' dtype.
@@ -43,8 +39,6 @@ def combine(
     out = pair_rows.new_empty(rows, hidden)
     block = 1024
     options = {"enable_fp_fusion": False}  # an fma would round once where the router's reference rounds twice
-    if pdl:
-        options["launch_pdl"] = True
     _combine_kernel[(rows, triton.cdiv(hidden, block))](
         pair_rows,
         topk_weights,
@@ -54,7 +48,6 @@ def combine(
         TOP_K=top_k,
         SKIP=experts is not None,
         BLOCK=block,
-        PDL=pdl,
         **options,
     )
     return out

@@ -6,7 +6,6 @@ See `triton_grouping` (which tile holds which pairs), `triton_grouped_gemm` (the
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.expert_ffn import PROBE_ROWS, fixed_values
+from kernels.triton_few_pairs import MAX_PAIRS, few_pairs
 from kernels.triton_grouped_gemm import down_kernel, gate_up_kernel
 from kernels.triton_grouping import Grouping, PairGrouper
 from kernels.triton_tiling import FFNTiling, Tiling, choose_tiling
@@ -44,11 +44,12 @@ class GroupedExperts:
             raise ValueError("hidden and intermediate must be multiples of 8 (TMA moves 16 bytes)")
         check_biases(biases, experts, double, hidden)
         self.w13, self.w2 = w13, w2
+        self._biases = biases
         self._bias13, self._bias2 = biases or (w13, w2)  # not read without biases
         self._bias, self._limit = biases is not None, float(limit)
         self.num_experts, self.hidden, self.intermediate = experts, hidden, double // 2
         self._grouper = PairGrouper(experts, w13.device)
-        self._compiled = isinstance(gate_up_kernel, triton.JITFunction)
+        self._counters = torch.zeros(MAX_PAIRS, dtype=torch.int32, device=w13.device)
         self._sms = torch.cuda.get_device_properties(w13.device).multi_processor_count if w13.is_cuda else 1
 
     def forward(
@@ -71,14 +72,27 @@ class GroupedExperts:
             out = hidden_states.new_empty(pairs, self.hidden)
         if pairs == 0:
             return out
-        tiling = tiling or choose_tiling(pairs, self.num_experts)
-        if not self._compiled and tiling.pdl:
-            tiling = replace(tiling, pdl=False)
-        grouping = self._grouper.group(experts, rows, top_k, tiling.block_m, tiling.pdl)
         activations = hidden_states.new_empty(pairs, self.intermediate)
+        if tiling is None and pairs <= MAX_PAIRS:
+            self.few_pairs(hidden_states, experts, rows, top_k, activations, out)
+            return out
+        tiling = tiling or choose_tiling(pairs, self.num_experts)
+        grouping = self._grouper.group(experts, rows, top_k, tiling.block_m)
         self.gate_up(hidden_states, grouping, activations, tiling)
         self.down(activations, grouping, out, tiling)
         return out
+
+    def few_pairs(
+        self, x: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor | None, top_k: int,
+        activations: torch.Tensor, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Everything for up to MAX_PAIRS pairs, in one launch; experts, rows, top_k: see `forward`, out: see `down`.
+
+        Calls share counters: they must follow each other, on one stream.
+        """
+        few_pairs(
+            x, self.w13, self.w2, self._biases, self._limit, experts, rows, top_k, self._counters, activations, out
+        )  # fmt: skip
 
     def gate_up(self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, tiling: FFNTiling) -> None:
         """Gate and up product with SwiGLU; activations: [pairs, intermediate] in grouped order."""
@@ -97,22 +111,13 @@ class GroupedExperts:
         """
         cut, out_at = tiling.down, out.dtype == torch.int64
         weights = self.w2.view(-1, self.intermediate)
-        parts, part_bytes = self._prefetch(cut)
         down_kernel[self._grid(grouping, self.hidden, cut)](
             activations, TensorDescriptor.from_tensor(activations, [tiling.block_m, cut.block_k]),
-            TensorDescriptor.from_tensor(weights, [cut.block_n, cut.block_k]), self.w2, self._bias2,
-            out, self.hidden if out_at else out.stride(0), grouping.order, grouping.tiles, grouping.num_tiles,
+            TensorDescriptor.from_tensor(weights, [cut.block_n, cut.block_k]), self._bias2, out,
+            self.hidden if out_at else out.stride(0), grouping.order, grouping.tiles, grouping.num_tiles,
             self.hidden, self.intermediate, EVEN_K=self.intermediate % cut.block_k == 0, OUT_AT=out_at,
-            ACT_TMA=cut.act_tma, BIAS=self._bias, PREFETCH_PARTS=parts, PREFETCH_BYTES=part_bytes,
-            **_constants(tiling, cut),
+            ACT_TMA=cut.act_tma, BIAS=self._bias, **_constants(tiling, cut),
         )  # fmt: skip
-
-    def _prefetch(self, cut: Tiling) -> tuple[int, int]:
-        """How to ask for the start of each weight row: (parts per row, bytes per part); one part per thread."""
-        parts = max(cut.warps * 32 // cut.block_n, 1)
-        part_bytes = min(self.intermediate * self.w2.element_size(), cut.prefetch_bytes) // parts
-        usable = self.hidden % cut.block_n == 0 and part_bytes % 16 == 0
-        return (parts, part_bytes) if usable else (1, 0)
 
     def _grid(self, grouping: Grouping, columns: int, cut: Tiling) -> tuple[int]:
         items = grouping.max_tiles * triton.cdiv(columns, cut.block_n)
@@ -152,9 +157,8 @@ def check_biases(biases: tuple[torch.Tensor, torch.Tensor] | None, experts: int,
 
 
 def _constants(tiling: FFNTiling, cut: Tiling) -> dict[str, Any]:
-    launch = {"launch_pdl": True} if tiling.pdl else {}
     return {
         "BLOCK_M": tiling.block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k,
-        "GROUP_M": cut.group_m, "SWAP": cut.swap, "FLATTEN": cut.flatten, "PDL": tiling.pdl,
-        "num_warps": cut.warps, "num_stages": cut.stages, **launch,
+        "GROUP_M": cut.group_m, "SWAP": cut.swap, "FLATTEN": cut.flatten,
+        "num_warps": cut.warps, "num_stages": cut.stages,
     }  # fmt: skip

@@ -19,17 +19,6 @@ from kernels.triton_grouping import TILE_FIELDS
 
 
 @triton.jit
-def _prefetch_l2(ptr, row_bytes, ROWS: tl.constexpr, PARTS: tl.constexpr, PART_BYTES: tl.constexpr):
-    """Ask for the first PARTS * PART_BYTES bytes of ROWS rows to come into L2, unwaited. 16 divides all sizes."""
-    index = tl.arange(0, ROWS * PARTS)
-    ptrs = (ptr + (index // PARTS).to(tl.int64) * row_bytes + (index % PARTS) * PART_BYTES).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r", [ptrs, tl.full(index.shape, PART_BYTES, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _locate(index, tiles_ptr, n_blocks, GROUP_M: tl.constexpr):
     """Tile and weight block of a work item.
 
@@ -111,17 +100,13 @@ def _gate_up_tile(
 def gate_up_kernel(
     x_ptr, x_stride, w_desc, w_pair_desc, bias_ptr, act_ptr, rows_ptr, tiles_ptr, num_tiles_ptr, hidden, intermediate,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SWAP: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr,
-    BIAS: tl.constexpr, LIMIT: tl.constexpr,
+    SWAP: tl.constexpr, EVEN_K: tl.constexpr, FLATTEN: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """act[position, i] = silu(x @ gate.T) * (x @ up.T), or with a LIMIT gpt-oss's activation.
 
     w_desc: [experts * 2 * intermediate, hidden], gate above up; w_pair_desc: the same memory as
     [experts * 2, intermediate, hidden]. bias_ptr: [experts, 2 * intermediate], read with BIAS.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     num_tiles = tl.load(num_tiles_ptr)
     n_blocks = tl.cdiv(intermediate, BLOCK_N)
     for index in tl.range(tl.program_id(0), num_tiles * n_blocks, tl.num_programs(0), flatten=FLATTEN):
@@ -169,35 +154,21 @@ def _down_tile(
 
 @triton.jit
 def down_kernel(
-    act_ptr, act_desc, w_desc, w_ptr, bias_ptr, out_ptr, out_stride, order_ptr, tiles_ptr, num_tiles_ptr,
+    act_ptr, act_desc, w_desc, bias_ptr, out_ptr, out_stride, order_ptr, tiles_ptr, num_tiles_ptr,
     hidden, intermediate,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SWAP: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr, ACT_TMA: tl.constexpr,
-    PREFETCH_PARTS: tl.constexpr, PREFETCH_BYTES: tl.constexpr, BIAS: tl.constexpr, OUT_AT: tl.constexpr,
+    SWAP: tl.constexpr, EVEN_K: tl.constexpr, FLATTEN: tl.constexpr, ACT_TMA: tl.constexpr,
+    BIAS: tl.constexpr, OUT_AT: tl.constexpr,
 ):  # fmt: skip
-    """out[pair] = act[position of pair] @ w.T; w_desc: [experts * hidden, intermediate], w_ptr the same memory.
+    """out[pair] = act[position of pair] @ w.T; w_desc: [experts * hidden, intermediate].
 
     With OUT_AT out_ptr points to the address of out, bf16, a multiple of 16.
     bias_ptr: [experts, hidden], added with BIAS.
-
-    With PDL the program starts while gate_up_kernel still runs: the tile list is ready (gate_up_kernel lets dependents
-    start only after it has waited for it), the activations are not. The start of the first tile's weight rows,
-    PREFETCH_PARTS * PREFETCH_BYTES each (0: none), travels to L2 in that time.
     """
     if OUT_AT:
         out_ptr = tl.multiple_of(tl.load(out_ptr).to(tl.pointer_type(tl.bfloat16)), 16)
     num_tiles = tl.load(num_tiles_ptr)
     n_blocks = tl.cdiv(hidden, BLOCK_N)
-    if PDL:
-        if PREFETCH_BYTES:  # noqa: SIM102 - this one is decided by the compiler
-            if tl.program_id(0) < num_tiles * n_blocks:
-                tile, block_n = _locate(tl.program_id(0), tiles_ptr, n_blocks, GROUP_M)
-                w_row = tl.load(tiles_ptr + TILE_FIELDS * tile) * hidden + block_n * BLOCK_N
-                row_bytes = intermediate * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-                first = w_ptr.to(tl.pointer_type(tl.uint8)) + w_row.to(tl.int64) * row_bytes
-                _prefetch_l2(first, row_bytes, BLOCK_N, PREFETCH_PARTS, PREFETCH_BYTES)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     for index in tl.range(tl.program_id(0), num_tiles * n_blocks, tl.num_programs(0), flatten=FLATTEN):
         tile, block_n = _locate(index, tiles_ptr, n_blocks, GROUP_M)
         entry = tiles_ptr + TILE_FIELDS * tile

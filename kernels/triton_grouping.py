@@ -88,17 +88,13 @@ def _place(
 @triton.jit
 def _group_small_kernel(
     experts_ptr, rows_ptr, rank_ptr, counts_ptr, offsets_ptr, order_ptr, sorted_rows_ptr, tiles_ptr, num_tiles_ptr,
-    pairs, top_k, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    pairs, top_k, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     _count(experts_ptr, rank_ptr, counts_ptr, pairs, 0, BLOCK)
     tl.debug_barrier()
     _list_tiles(counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts, EXPERTS, BLOCK_M)
     tl.debug_barrier()
     _place(experts_ptr, rows_ptr, rank_ptr, offsets_ptr, order_ptr, sorted_rows_ptr, pairs, top_k, 0, BLOCK)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -163,9 +159,7 @@ class PairGrouper:
         self._counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
         self._offsets = torch.zeros(num_experts, dtype=torch.int32, device=device)
 
-    def group(
-        self, experts: torch.Tensor, rows: torch.Tensor | None, top_k: int, block_m: int, pdl: bool = False
-    ) -> Grouping:
+    def group(self, experts: torch.Tensor, rows: torch.Tensor | None, top_k: int, block_m: int) -> Grouping:
         """Group pairs by expert into tiles of at most block_m rows.
 
         experts: [pairs] int32, the local expert of each pair, -1 where another server has it.
@@ -188,8 +182,7 @@ class PairGrouper:
             block = max(triton.next_power_of_2(pairs), 32)
             _group_small_kernel[(1,)](
                 experts, rows_arg, rank, self._counts, self._offsets, order, sorted_rows, tiles, num_tiles,
-                pairs, top_k, self.num_experts, **shape, BLOCK=block, PDL=pdl, num_warps=min(max(block // 64, 4), 16),
-                **({"launch_pdl": True} if pdl else {}),
+                pairs, top_k, self.num_experts, **shape, BLOCK=block, num_warps=min(max(block // 64, 4), 16),
             )  # fmt: skip
         else:
             block = 512

@@ -1,4 +1,7 @@
-"""Which tile each regime gets. Any choice gives the same bits; docs/kernels.md has the measurements behind these."""
+"""Which tile each regime gets above a few pairs, which are `triton_few_pairs`'.
+
+Any choice gives the same bits; docs/kernels.md has the measurements behind these.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ class Tiling:
     flatten: the loads of a program's next item start under the last one.
     act_tma: down reads activations through TMA.
     programs_per_sm: 0 for one program per work item, else a grid that strides over the items.
-    prefetch_bytes: how much of each weight row down asks for under PDL while gate/up still runs; a grid's must fit L2.
     """
 
     block_n: int
@@ -26,21 +28,17 @@ class Tiling:
     flatten: bool = False
     act_tma: bool = False
     programs_per_sm: int = 0
-    prefetch_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class FFNTiling:
-    """Tile height in rows, how both GEMMs are cut; pdl starts a kernel while the one before it drains."""
+    """Tile height in rows, how both GEMMs are cut."""
 
     block_m: int
     gate_up: Tiling
     down: Tiling
-    pdl: bool = False
 
 
-_ONE_PAIR = FFNTiling(16, Tiling(16, 256, 2, 4, swap=False), Tiling(64, 128, 4, 5))
-_FEW_PAIRS = FFNTiling(16, _ONE_PAIR.gate_up, Tiling(64, 128, 4, 5, prefetch_bytes=512), pdl=True)
 _UP_TO_6 = FFNTiling(16, Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 5, flatten=True, act_tma=True, programs_per_sm=2))
 _UP_TO_20 = FFNTiling(
     32,
@@ -70,8 +68,6 @@ _BY_MEAN_ROWS = ((6, _UP_TO_6), (20, _UP_TO_20), (90, _UP_TO_90), (180, _UP_TO_1
 
 def choose_tiling(pairs: int, num_experts: int) -> FFNTiling:
     """The tiling for `pairs` pairs over `num_experts` local experts, by the mean number of rows per expert."""
-    if pairs <= 8:
-        return _ONE_PAIR if pairs < 4 else _FEW_PAIRS
     for limit, tiling in _BY_MEAN_ROWS:
         if pairs <= limit * num_experts:
             return tiling

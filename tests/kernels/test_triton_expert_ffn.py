@@ -8,6 +8,7 @@ import torch
 from kernels import reference
 from kernels.triton_combine import combine
 from kernels.triton_expert_ffn import GroupedExperts
+from kernels.triton_few_pairs import MAX_PAIRS
 from kernels.triton_grouping import SINGLE_PROGRAM_PAIRS, PairGrouper
 from kernels.triton_tiling import FFNTiling, Tiling, choose_tiling
 
@@ -76,15 +77,45 @@ def test_off_tile_sizes_and_experts_without_tokens(
     assert bool(result[~local].isnan().all())
 
 
-@pytest.mark.parametrize("name", TILINGS)
-def test_biases_and_the_clamped_activation(name: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(64, 256), (136, 104)])
+@pytest.mark.parametrize(
+    ("ids", "rows", "top_k"),
+    [
+        ([3], None, 1),
+        ([2, -1, 5, 0, -1, 1], None, 3),
+        ([-1, 4, 0, 4, 4, 0, -1, 2], [1, 0, 0, 1, 2, 2, 0, 1], 0),
+        ([4] * MAX_PAIRS, [position % 3 for position in range(MAX_PAIRS)], 0),
+    ],
+)
+def test_few_pairs_in_one_launch(
+    dtype: torch.dtype, hidden: int, intermediate: int, ids: list[int], rows: list[int] | None, top_k: int
+) -> None:
+    w13, w2 = weights(6, hidden, intermediate, dtype)
+    layer = GroupedExperts(w13, w2)
+    experts, pairs = ints(ids), len(ids)
+    of_pair = [pair // top_k for pair in range(pairs)] if rows is None else rows
+    for seed in (1, 2):  # the second call finds the counters as the first one left them
+        hidden_states = rows_of(3, hidden, dtype, seed)
+        out = poisoned(pairs, hidden, dtype)
+        layer.forward(hidden_states, experts, None if rows is None else ints(rows), top_k, out)
+        expected = reference.expert_ffn(hidden_states, w13, w2, experts, ints(of_pair))
+        local = experts >= 0
+        assert worst_row_error(out[local], expected[local]) < TOLERANCE[dtype]
+        assert bool(out[~local].isnan().all())
+        assert not layer._counters.any()
+
+
+@pytest.mark.parametrize("name", [*TILINGS, None])
+def test_biases_and_the_clamped_activation(name: str | None) -> None:
     dtype = torch.float16
     w13, w2 = weights(3, 72, 40, dtype)
     biases = (rows_of(3, 80, dtype, seed=3), rows_of(3, 72, dtype, seed=4))
     hidden_states = 3 * rows_of(5, 72, dtype)  # so that some values are clamped
-    experts, rows = ints([1] * 20 + [0, 2, 2]), ints([position % 5 for position in range(23)])
+    ids = [1] * (20 if name else MAX_PAIRS - 3) + [0, 2, 2]
+    experts, rows = ints(ids), ints([position % 5 for position in range(len(ids))])
     layer = GroupedExperts(w13, w2, biases, limit=2.5)
-    result = layer.forward(hidden_states, experts, rows, tiling=TILINGS[name])
+    result = layer.forward(hidden_states, experts, rows, tiling=TILINGS[name] if name else None)
     expected = reference.expert_ffn(hidden_states, w13, w2, experts, rows, biases, limit=2.5)
     assert worst_row_error(result, expected) < TOLERANCE[dtype]
     assert worst_row_error(expected, reference.expert_ffn(hidden_states, w13, w2, experts, rows, biases, 100.0)) > 0.01
@@ -114,7 +145,7 @@ if DEVICE == "cuda":  # the interpreter multiplies with numpy, whose bits follow
         ids = scores.topk(2).indices.to(DEVICE, torch.int32).contiguous()
         wanted = experts.forward(hidden_states, ids.view(-1), top_k=2)
         part = ids[:rows].reshape(-1)
-        for tiling in [choose_tiling(pairs, 8) for pairs in (2, 8, 40, 120, 400, 1200, 2400, 8192)]:
+        for tiling in [None, *(choose_tiling(pairs, 8) for pairs in (2, 40, 120, 400, 1200, 2400, 8192))]:
             got = experts.forward(hidden_states[:rows], part, top_k=2, tiling=tiling)
             assert torch.equal(bits(got), bits(wanted[: 2 * rows]))
 
