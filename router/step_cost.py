@@ -46,17 +46,14 @@ class StepCost:
 
     def prefill_tokens(self, decode_rows: int, limit: int) -> int:
         """How many prompt tokens may join a step of `decode_rows`: `limit` when none decode, else
-        MIN_PREFILL_TOKENS ≤ n ≤ limit, and now and then 0 to measure the decode time again.
+        MIN_PREFILL_TOKENS ≤ n ≤ limit, and at first and now and then 0 to measure the decode time.
         """
         if decode_rows == 0:
             return limit
-        if self._mixed_run >= MAX_MIXED_RUN:
-            return 0
         decode = self.decode_seconds(decode_rows)
-        if decode is None:  # before any data: a row is a row
-            affordable = (self._max_slowdown - 1) * decode_rows
-        else:
-            affordable = self._room(decode) / self._price(decode, decode_rows)
+        if decode is None or self._mixed_run >= MAX_MIXED_RUN:
+            return 0
+        affordable = self._room(decode) / self._price(decode, decode_rows)
         self._allowed, self._limit = min(max(int(affordable), MIN_PREFILL_TOKENS), limit), limit
         return self._allowed
 

@@ -49,7 +49,10 @@ class Engine:
         self.prefixes = PrefixCache(BLOCK, self._copy)
         self.blocks = FakeBlocks(blocks, self.prefixes)
         limits = (seqs, batched, BLOCK, max_len)
-        self.scheduler = Scheduler(self.blocks, self.prefixes, *limits, cost or StepCost(), VOCAB, micro_batches)
+        if cost is None:
+            cost = StepCost()
+            cost.record(1, 0, 1.0)  # nothing here takes time: else each step beside decodes would be there to measure
+        self.scheduler = Scheduler(self.blocks, self.prefixes, *limits, cost, VOCAB, micro_batches)
         self.computed = 0  # rows of all forwards
         self.flying = []  # (batch, tokens) whose forward has not ended
 

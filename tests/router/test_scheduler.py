@@ -135,7 +135,7 @@ def test_a_2000_token_prompt_among_8_streams_keeps_steps_within_the_bound_and_pr
         steps += 1
         stalled += batch.prefill_tokens == 0
     assert steps <= 2000 / 8
-    assert stalled <= steps / MAX_MIXED_RUN
+    assert stalled <= 1 + steps / MAX_MIXED_RUN
 
 
 # --- in flight --------------------------------------------------------------------------------------------------------

@@ -19,8 +19,12 @@ def test_without_decodes_the_limit_is_the_budget():
     assert trained().prefill_tokens(0, LIMIT) == LIMIT
 
 
-def test_before_any_data_the_budget_is_small_but_not_nothing():
-    assert [StepCost().prefill_tokens(rows, LIMIT) for rows in (1, 8, 64, 1000)] == [MIN_PREFILL_TOKENS, 5, 44, LIMIT]
+def test_the_first_step_beside_decodes_measures_these_alone():
+    cost = StepCost()
+    cost.record(0, 256, 256 * 0.0035)
+    assert cost.prefill_tokens(3, LIMIT) == 0
+    cost.record(3, 0, 0.06)
+    assert cost.prefill_tokens(3, LIMIT) == int(0.7 * 0.06 / 0.0035)
 
 
 def test_the_first_mixed_step_uses_what_prefill_alone_cost():
