@@ -8,23 +8,31 @@ from collections import deque
 WINDOW = 15  # samples kept of each kind: an order statistic of them shrugs off pauses and follows drift within seconds
 MIN_PREFILL_TOKENS = 4  # progress of prefill in a mixed step, whatever it costs
 MIN_SAMPLE_TOKENS = 16  # a shorter prefill-only step says more about fixed costs than about tokens
-MAX_MIXED_RUN = 25  # then one step without prefill, or the decode time that all is compared with would be stale
+MAX_MIXED_RUN = 25  # then two steps measure again what all others are compared with
+WORTH = 1.25
+"""A step of so many times one with the least prefill is worth it: few tokens cost nearly as much as some more."""
+MOST_FOR_LEAST = 2.0
+"""A step with the least is taken to last no longer than so many times one without. Else a pause would open the gate."""
 CHEAPER, DEARER = 0.96, 1.4
 """What a mixed step does to the price of a prefill token. They balance when one step in nine is too long."""
+
+_Seconds = dict[int, deque[float]]
+"""By decode rows."""
 
 
 class StepCost:
     """Bounds the prefill tokens of a step: beside decodes most steps last at most `max_slowdown` × without it.
 
-    The price of a token is found by trying, as TCP finds its window: a mixed step within the bound makes tokens a bit
-    cheaper, one beyond makes them much dearer. Time divided by tokens would count noise, and what any mixed step costs,
-    as theirs: with few tokens it shows little else, so that few would stay few. Pure: no clock; `record` is told the
-    times.
+    Any prefill costs something, as its rows touch further experts: where the least (`MIN_PREFILL_TOKENS`) nearly takes
+    up that bound, it is `WORTH` × such a step instead. The price of a token beyond the least is found by trying, as TCP
+    finds its window: a step within the bound makes tokens a bit cheaper, one beyond much dearer. Time divided by tokens
+    would count noise as theirs. Pure: no clock; `record` is told the times.
     """
 
     def __init__(self, max_slowdown: float = 1.7) -> None:
         self._max_slowdown = max_slowdown
-        self._decode: dict[int, deque[float]] = {}  # seconds of steps without prefill, by decode rows
+        self._decode: _Seconds = {}  # of steps without prefill
+        self._least: _Seconds = {}  # of steps with the least of it
         self._prefill: deque[float] = deque(maxlen=WINDOW)  # seconds per token of steps without decodes
         self._price_s: float | None = None  # of a token in a mixed step, once there was one
         self._allowed = self._limit = 0  # of the last mixed step
@@ -40,57 +48,69 @@ class StepCost:
                 self._prefill.append(seconds / prefill_tokens)
         else:
             self._mixed_run += 1
-            decode = self.decode_seconds(decode_rows)
-            if decode is not None and 2 * prefill_tokens >= self._allowed:  # the end of a prompt tells nothing
-                self._learn(decode, decode_rows, seconds > self._max_slowdown * decode)
+            if self._allowed == MIN_PREFILL_TOKENS:
+                self._least.setdefault(decode_rows, deque(maxlen=WINDOW)).append(seconds)
+            elif self._least and 2 * prefill_tokens >= self._allowed:  # the end of a prompt tells little
+                self._learn(decode_rows, seconds)
 
     def prefill_tokens(self, decode_rows: int, limit: int) -> int:
         """How many prompt tokens may join a step of `decode_rows`: `limit` when none decode, else
-        MIN_PREFILL_TOKENS ≤ n ≤ limit, and at first and now and then 0 to measure the decode time.
+        MIN_PREFILL_TOKENS ≤ n ≤ limit; at first and now and then 0, then the least, to measure what these take.
         """
         if decode_rows == 0:
             return limit
-        decode = self.decode_seconds(decode_rows)
-        if decode is None or self._mixed_run >= MAX_MIXED_RUN:
+        if not self._decode or self._mixed_run >= MAX_MIXED_RUN:
             return 0
-        affordable = self._room(decode) / self._price(decode, decode_rows)
-        self._allowed, self._limit = min(max(int(affordable), MIN_PREFILL_TOKENS), limit), limit
+        allowed = MIN_PREFILL_TOKENS
+        if self._least and self._mixed_run:
+            allowed += int(self._room(decode_rows) / self._price(decode_rows))
+        self._allowed, self._limit = min(allowed, limit), limit
         return self._allowed
 
-    def _room(self, decode_s: float) -> float:
-        """Seconds that prefill may add to a step."""
-        return (self._max_slowdown - 1) * decode_s
+    def decode_seconds(self, rows: int) -> float:
+        """Seconds that a slow step of `rows` decodes alone takes; there must have been one."""
+        return _expected(self._decode, rows)
 
-    def _price(self, decode_s: float, decode_rows: int) -> float:
-        """Seconds that a token is taken to cost. Until mixed steps have run: what it takes alone."""
+    def _base(self, rows: int) -> float:
+        """Seconds that a slow step with the least prefill takes."""
+        decode = self.decode_seconds(rows)
+        return min(max(_expected(self._least, rows), decode), MOST_FOR_LEAST * decode)
+
+    def _bound(self, rows: int) -> float:
+        """Seconds that a step may last."""
+        return max(self._max_slowdown * self.decode_seconds(rows), WORTH * self._base(rows))
+
+    def _room(self, rows: int) -> float:
+        """Seconds that tokens beyond the least may add."""
+        return self._bound(rows) - self._base(rows)
+
+    def _price(self, rows: int) -> float:
+        """Seconds that such a token is taken to cost. Until there were any: what it takes alone."""
         if self._price_s is not None:
             return self._price_s
-        return statistics.median(self._prefill) if self._prefill else decode_s / decode_rows
+        return statistics.median(self._prefill) if self._prefill else self.decode_seconds(rows) / rows
 
-    def _learn(self, decode_s: float, decode_rows: int, too_long: bool) -> None:
-        price = self._price(decode_s, decode_rows)
-        if too_long:
-            self._price_s = min(DEARER * price, self._room(decode_s) / MIN_PREFILL_TOKENS)
+    def _learn(self, rows: int, seconds: float) -> None:
+        price = self._price(rows)
+        if seconds > self._bound(rows):
+            self._price_s = min(DEARER * price, self._room(rows) / MIN_PREFILL_TOKENS)
         elif self._allowed < self._limit:
             self._price_s = CHEAPER * price
 
-    def decode_seconds(self, rows: int) -> float | None:
-        """Seconds that a slow step of `rows` decodes alone takes; None before any such step.
 
-        Between measured row counts: interpolated. Outside them: the lower estimate, which allows less prefill.
-        """
-        if not self._decode:
-            return None
-        below = max((n for n in self._decode if n <= rows), default=None)
-        above = min((n for n in self._decode if n >= rows), default=None)
-        if below is None:
-            assert above is not None
-            return self._slow(above) * rows / above
-        if above is None or above == below:
-            return self._slow(below)
-        low, high = self._slow(below), self._slow(above)
-        return low + (high - low) * (rows - below) / (above - below)
+def _expected(measured: _Seconds, rows: int) -> float:
+    """Between measured row counts: interpolated. Outside them: the lower estimate, which allows less prefill."""
+    below = max((n for n in measured if n <= rows), default=None)
+    above = min((n for n in measured if n >= rows), default=None)
+    if below is None:
+        assert above is not None
+        return _slow(measured[above]) * rows / above
+    if above is None or above == below:
+        return _slow(measured[below])
+    low, high = _slow(measured[below]), _slow(measured[above])
+    return low + (high - low) * (rows - below) / (above - below)
 
-    def _slow(self, rows: int) -> float:
-        """The upper quartile."""
-        return sorted(self._decode[rows])[len(self._decode[rows]) * 3 // 4]
+
+def _slow(seconds: deque[float]) -> float:
+    """The upper quartile."""
+    return sorted(seconds)[len(seconds) * 3 // 4]

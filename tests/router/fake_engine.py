@@ -51,7 +51,7 @@ class Engine:
         limits = (seqs, batched, BLOCK, max_len)
         if cost is None:
             cost = StepCost()
-            cost.record(1, 0, 1.0)  # nothing here takes time: else each step beside decodes would be there to measure
+            cost.record(1, 0, 1.0)  # nothing here takes time: else no step beside decodes would have prefill
         self.scheduler = Scheduler(self.blocks, self.prefixes, *limits, cost, VOCAB, micro_batches)
         self.computed = 0  # rows of all forwards
         self.flying = []  # (batch, tokens) whose forward has not ended

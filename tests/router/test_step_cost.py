@@ -7,10 +7,13 @@ from router.step_cost import MAX_MIXED_RUN, MIN_PREFILL_TOKENS, StepCost
 LIMIT = 256
 
 
-def trained(decode=0.06, rows=8):
+def trained(decode=0.06, rows=8, least=None):
+    """A cost that knows what decodes take, and what the least prefill does beside them."""
     cost = StepCost()
     for _ in range(5):
         cost.record(rows, 0, decode)
+    assert cost.prefill_tokens(rows, LIMIT) == MIN_PREFILL_TOKENS
+    cost.record(rows, MIN_PREFILL_TOKENS, decode if least is None else least)
     return cost
 
 
@@ -19,18 +22,26 @@ def test_without_decodes_the_limit_is_the_budget():
     assert trained().prefill_tokens(0, LIMIT) == LIMIT
 
 
-def test_the_first_step_beside_decodes_measures_these_alone():
+def test_the_first_two_steps_beside_decodes_measure():
     cost = StepCost()
     cost.record(0, 256, 256 * 0.0035)
     assert cost.prefill_tokens(3, LIMIT) == 0
     cost.record(3, 0, 0.06)
-    assert cost.prefill_tokens(3, LIMIT) == int(0.7 * 0.06 / 0.0035)
+    assert cost.prefill_tokens(3, LIMIT) == MIN_PREFILL_TOKENS
+    cost.record(3, MIN_PREFILL_TOKENS, 0.07)
+    assert cost.prefill_tokens(3, LIMIT) == MIN_PREFILL_TOKENS + int((1.7 * 0.06 - 0.07) / 0.0035)
+
+
+def test_where_any_prefill_reaches_the_bound_a_step_that_costs_a_quarter_more_is_worth_it():
+    cost = trained(0.086, rows=2, least=0.150)
+    cost.record(0, 256, 256 * 0.0035)
+    assert cost.prefill_tokens(2, LIMIT) == MIN_PREFILL_TOKENS + int(0.25 * 0.150 / 0.0035)
 
 
 def test_the_first_mixed_step_uses_what_prefill_alone_cost():
     cost = trained()
     cost.record(0, 256, 256 * 0.0035)
-    assert cost.prefill_tokens(8, LIMIT) == int(0.7 * 0.06 / 0.0035)
+    assert cost.prefill_tokens(8, LIMIT) == MIN_PREFILL_TOKENS + int(0.7 * 0.06 / 0.0035)
 
 
 def test_a_short_prompt_alone_says_nothing_about_tokens():
@@ -75,7 +86,7 @@ def test_a_prompt_that_costs_more_as_it_grows_stays_near_the_target():
         tokens = cost.prefill_tokens(8, LIMIT)
         seconds = 0.06 + tokens * 0.0035 * (1 + done / 2000)
         cost.record(8, tokens, seconds)
-        assert seconds <= 1.85 * 0.06
+        assert seconds <= 1.95 * 0.06
         done += max(tokens, 1)
 
 
@@ -85,8 +96,18 @@ def test_a_pause_costs_a_third_of_the_pace_at_most():
         cost.record(8, cost.prefill_tokens(8, LIMIT), 0.07)
     before = cost.prefill_tokens(8, LIMIT)
     cost.record(8, before, 30.0)  # rows waited for an expert
-    cost.record(8, 0, 30.0)
     assert before * 2 // 3 <= cost.prefill_tokens(8, LIMIT) < before
+
+
+def test_pauses_while_it_measures_open_no_gate():
+    cost = StepCost()
+    cost.record(0, 256, 256 * 0.0035)
+    for _ in range(4):
+        cost.record(8, 0, 0.06)
+    cost.record(8, 0, 30.0)
+    assert cost.prefill_tokens(8, LIMIT) == MIN_PREFILL_TOKENS
+    cost.record(8, MIN_PREFILL_TOKENS, 30.0)
+    assert cost.prefill_tokens(8, LIMIT) == MIN_PREFILL_TOKENS + int(0.25 * 2 * 0.06 / 0.0035)
 
 
 def test_the_end_of_a_prompt_teaches_nothing():
@@ -103,28 +124,29 @@ def test_what_the_limit_allows_can_be_given_up_at_once():
     for _ in range(200):
         cost.record(8, cost.prefill_tokens(8, 16), 0.07)
     assert cost.prefill_tokens(8, 16) == 16
-    for _ in range(3):
+    for _ in range(4):
         cost.record(8, cost.prefill_tokens(8, 16), 0.2)
     assert cost.prefill_tokens(8, 16) < 10
 
 
 def test_decode_seconds_between_and_outside_the_measured_row_counts():
     cost = trained(0.06, rows=8)
-    assert StepCost().decode_seconds(3) is None
     assert cost.decode_seconds(4) == pytest.approx(0.03)
     assert cost.decode_seconds(32) == pytest.approx(0.06)
     cost.record(4, 0, 0.05)
     assert cost.decode_seconds(6) == pytest.approx(0.055)
 
 
-def test_after_many_mixed_steps_one_without_prefill_measures_again():
+def test_after_many_mixed_steps_two_measure_again():
     cost = trained()
-    for _ in range(MAX_MIXED_RUN):
-        assert cost.prefill_tokens(8, LIMIT) >= MIN_PREFILL_TOKENS
-        cost.record(8, 4, 0.08)
+    for _ in range(MAX_MIXED_RUN - 1):
+        assert cost.prefill_tokens(8, LIMIT) > MIN_PREFILL_TOKENS
+        cost.record(8, 5, 0.08)
     assert cost.prefill_tokens(8, LIMIT) == 0
     cost.record(8, 0, 0.09)
-    assert cost.prefill_tokens(8, LIMIT) >= MIN_PREFILL_TOKENS
+    assert cost.prefill_tokens(8, LIMIT) == MIN_PREFILL_TOKENS
+    cost.record(8, MIN_PREFILL_TOKENS, 0.09)
+    assert cost.prefill_tokens(8, LIMIT) > MIN_PREFILL_TOKENS
 
 
 def test_the_limit_holds():
