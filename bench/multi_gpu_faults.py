@@ -98,7 +98,7 @@ async def throughput(setting: Setting, runs: Figures, save: Save) -> None:
     counts = range(1, gpus.for_experts + 1) if gpus.for_experts > 1 else (1, 2, gpus.servers)
     prompts = make_prompts(setting, config.fault_streams)
     for count in counts:
-        flags = setting.serve_flags(count, 1, config.fault_streams)
+        flags = setting.serve_flags(count, 1, config.fault_streams, micro_batches=2)
         log = setting.out / f"servers_{count}.log"
         async with serving(str(setting.checkpoint), log, flags, READY_S) as url:
             client = EngineClient(await router_address(url), ANSWER_S)

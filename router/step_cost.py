@@ -48,6 +48,8 @@ class StepCost:
                 self._prefill.append(seconds / prefill_tokens)
         else:
             self._mixed_run += 1
+            if prefill_tokens > self._allowed:  # streams that catch up are not paced
+                return
             if self._allowed == MIN_PREFILL_TOKENS:
                 self._least.setdefault(decode_rows, deque(maxlen=WINDOW)).append(seconds)
             elif self._least and 2 * prefill_tokens >= self._allowed:  # the end of a prompt tells little

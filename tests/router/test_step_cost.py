@@ -119,6 +119,16 @@ def test_the_end_of_a_prompt_teaches_nothing():
     assert cost.prefill_tokens(8, LIMIT) == before
 
 
+def test_steps_in_which_interrupted_streams_catch_up_teach_nothing():
+    for measured in (True, False):
+        cost = trained()
+        cost.record(0, 256, 256 * 0.0035)
+        if measured:
+            assert cost.prefill_tokens(8, LIMIT) == MIN_PREFILL_TOKENS + int(0.7 * 0.06 / 0.0035)
+        cost.record(8, LIMIT, 1.0)
+        assert cost.prefill_tokens(8, LIMIT) == MIN_PREFILL_TOKENS + int(0.7 * 0.06 / 0.0035)
+
+
 def test_what_the_limit_allows_can_be_given_up_at_once():
     cost = trained()
     for _ in range(200):
