@@ -27,3 +27,16 @@ def swiglu(gate, up, LIMIT: tl.constexpr):
         gate = tl.minimum(gate, LIMIT)
         up = tl.maximum(tl.minimum(up, LIMIT), -LIMIT)
         return gate * (1.0 / (1.0 + tl.exp(-GPT_OSS_ALPHA * gate))) * (up + 1.0)
+
+
+@triton.jit
+def gated(
+    gate, up, bias_ptr, expert, columns, intermediate,
+    TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """`swiglu` of an expert's columns after its biases, if any: [experts, 2 * intermediate], gate's before up's."""
+    if BIAS:
+        expert_bias_ptr = bias_ptr + expert * 2 * intermediate
+        gate = add_bias(gate, expert_bias_ptr, columns, columns < intermediate, TRANSPOSED)
+        up = add_bias(up, expert_bias_ptr + intermediate, columns, columns < intermediate, TRANSPOSED)
+    return swiglu(gate, up, LIMIT)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.triton_activation import add_bias, swiglu
+from kernels.triton_activation import add_bias, gated
 
 MAX_PAIRS = 8
 """As many fit the one tile, whose rows are the width of an mma."""
@@ -105,11 +105,7 @@ def _gate_up(
     )  # fmt: skip
     gate, up = tl.split(both.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
     n = column + tl.arange(0, BLOCK_N)
-    if BIAS:
-        expert_bias_ptr = bias_ptr + expert * 2 * intermediate
-        gate = add_bias(gate, expert_bias_ptr, n, n < intermediate, True)
-        up = add_bias(up, expert_bias_ptr + intermediate, n, n < intermediate, True)
-    act = swiglu(gate, up, LIMIT).to(act_ptrs.dtype.element_ty)
+    act = gated(gate, up, bias_ptr, expert, n, intermediate, True, BIAS, LIMIT).to(act_ptrs.dtype.element_ty)
     tl.store(act_ptrs + n[None, :], act.T, mask=live[:, None] & (n < intermediate)[None, :])
     if ASM:
         _arrive(counter_ptr)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_activation import add_bias, swiglu
+from kernels.triton_activation import add_bias, gated
 from kernels.triton_grouping import TILE_FIELDS
 
 
@@ -85,11 +85,7 @@ def _gate_up_tile(
     if not SWAP:
         gate, up = tl.split(both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1))
     n = column + tl.arange(0, BLOCK_N)
-    if BIAS:
-        expert_bias_ptr = bias_ptr + expert * 2 * intermediate
-        gate = add_bias(gate, expert_bias_ptr, n, n < intermediate, SWAP)
-        up = add_bias(up, expert_bias_ptr + intermediate, n, n < intermediate, SWAP)
-    act = swiglu(gate, up, LIMIT).to(act_ptr.dtype.element_ty)
+    act = gated(gate, up, bias_ptr, expert, n, intermediate, SWAP, BIAS, LIMIT).to(act_ptr.dtype.element_ty)
     if SWAP:
         act = act.T
     act_ptrs = act_ptr + (start + m).to(tl.int64)[:, None] * intermediate + n[None, :]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_activation import add_bias, swiglu
+from kernels.triton_activation import add_bias, gated
 from kernels.triton_grouped_gemm import _locate
 from kernels.triton_grouping import TILE_FIELDS
 from kernels.triton_widen import widen_fp8, widen_mxfp4
@@ -102,11 +102,8 @@ def quantized_gate_up_kernel(
         )  # fmt: skip
         gate, up = tl.split(both.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
         n = column + tl.arange(0, BLOCK_N)
-        if BIAS:
-            expert_bias_ptr = bias_ptr + tl.load(entry) * 2 * intermediate
-            gate = add_bias(gate, expert_bias_ptr, n, n < intermediate, True)
-            up = add_bias(up, expert_bias_ptr + intermediate, n, n < intermediate, True)
-        act = swiglu(gate, up, LIMIT).to(act_ptr.dtype.element_ty).T
+        act = gated(gate, up, bias_ptr, tl.load(entry), n, intermediate, True, BIAS, LIMIT)
+        act = act.to(act_ptr.dtype.element_ty).T
         act_ptrs = act_ptr + (start + m).to(tl.int64)[:, None] * intermediate + n[None, :]
         tl.store(act_ptrs, act, mask=live[:, None] & (n < intermediate)[None, :])
 
