@@ -151,8 +151,8 @@ class Exchange:
 
     @property
     def suspects(self) -> list[str]:
-        """Servers of the plan that this router routes around."""
-        up = {s for s, connection in self._connections.items() if connection.welcomed}
+        """Servers of the plan that this router routes around. May be read by any thread, as `wedged` may."""
+        up = {s for s, connection in list(self._connections.items()) if connection.welcomed}
         return [s for s, member in self._members.items() if s not in up and member.state != "JOINING"]
 
     @property

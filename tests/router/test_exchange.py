@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -347,6 +349,31 @@ def test_without_replica_rows_are_missing_until_a_new_incarnation_is_up(harness,
     assert len(harness.finish().missing) == 0
     assert (rows.output == rows.expected()).all()
     again.die()
+
+
+class Silent:
+    """A server of the plan that nobody has started."""
+
+    def __init__(self, directory, name):
+        self.name = name
+        self.member = MemberInfo("expert-server", name, 1, f"ipc://{directory}/{name}", 0, "ONLINE", "", 99, 8)
+
+
+def test_suspects_may_be_read_while_connections_come_and_go(harness, tmp_path):
+    """The lease's thread reads them at each renewal, while the engine's connects and loses."""
+    plans = [[Silent(tmp_path, f"{plan}-{n}") for n in range(10)] for plan in range(100)]
+    names = [[], *([s.name for s in plan] for plan in plans)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            changes = pool.submit(lambda: [harness.view(*plan) for plan in plans])
+            while not changes.done():
+                assert harness.exchange.suspects in names
+            changes.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert harness.exchange.suspects == names[-1]
 
 
 def test_a_server_of_another_checkpoint_is_not_used(harness, servers, tmp_path):
