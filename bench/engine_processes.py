@@ -74,5 +74,5 @@ def _wait_until_bound(process: subprocess.Popen[bytes], address: str, log: Path)
 async def coordinator_address(url: str) -> str:
     """Where further members of the cluster behind `url` join: what its router was told."""
     pid = (await first_router(url))["pid"]
-    argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    argv = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().split()
     return argv[argv.index("--join") + 1]

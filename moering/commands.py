@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moering.forking import can_fork
 from moering.leader import EMBEDDED
 from moering.process import command_line
 from moering.supervisor import Command
@@ -32,6 +33,7 @@ class Commands:
         """`http_fd`: the listening socket that all gateways share."""
         self._config, self._checkpoint, self._run_directory, self._http_fd = config, checkpoint, run_directory, http_fd
         self._device = [] if config.device == "cpu" else ["--device", config.device]
+        self._preload = config.preload and config.device == "cpu" and can_fork()  # not tried on a GPU
         self._elected = config.membership != EMBEDDED
         gpus, routers = config.gpus, config.routers
         # with GPUs for all, routers and expert servers have none in common
@@ -89,7 +91,8 @@ class Commands:
         inherits = kind == "gateway" and self._http_fd is not None
         fds = (self._http_fd,) if inherits and self._http_fd is not None else ()
         gpus = self._gpus.get(kind, ())
-        return Command(server_id, kind, argv, fds, {VISIBLE_GPUS: gpus[number % len(gpus)]} if gpus else {})
+        env = {VISIBLE_GPUS: gpus[number % len(gpus)]} if gpus else {}
+        return Command(server_id, kind, argv, fds, env, self._preload and kind in ("router", "expert-server"))
 
     def _coordinator(self, start: int) -> list[str]:
         config = self._config

@@ -124,16 +124,21 @@ def watch_launcher() -> None:
     Linux's parent-death signal also ends a process that is stopped or inside a long native call.
     """
     text = os.environ.pop(LAUNCHER_FD, None)
-    launcher = int(os.environ.pop(LAUNCHER_PID, "0"))
     if text is None:
         return
     fd = int(text)
     os.set_inheritable(fd, False)
+    die_with_launcher()
+    threading.Thread(target=_exit_at_eof, args=(fd,), name="launcher-watch", daemon=True).start()
+
+
+def die_with_launcher() -> None:
+    """The second of the two ways alone: it needs no thread."""
+    launcher = int(os.environ.pop(LAUNCHER_PID, "0"))
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != launcher:  # it died before the signal was asked for
         os._exit(1)
-    threading.Thread(target=_exit_at_eof, args=(fd,), name="launcher-watch", daemon=True).start()
 
 
 def _exit_at_eof(fd: int) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moering.errors import MoeringError
+from moering.forking import ForkedProcess, ForkServer
 from moering.process import LAUNCHER_FD, LAUNCHER_PID
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Command:
     argv: Callable[[int], Sequence[str]]
     fds: tuple[int, ...] = ()  # file descriptors that the process inherits
     env: Mapping[str, str] = field(default_factory=dict)  # in addition to the launcher's own
+    preload: bool = False  # started by fork from a process that has imported PyTorch; inherits no `fds`
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class StartFailed(MoeringError):
 @dataclass(eq=False)
 class _Child:
     command: Command
-    process: asyncio.subprocess.Process | None = None
+    process: asyncio.subprocess.Process | ForkedProcess | None = None
     deaths: int = 0  # in a row
     was_ready: bool = False
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -116,6 +118,7 @@ class Supervisor:
         self.killed = False  # whether a second one cut the first short
         self._stop_requested = asyncio.Event()
         self._launcher_fd, self._launcher_pipe = os.pipe()
+        self._fork_server = ForkServer()
 
     async def run(self) -> None:
         """Supervise until `stop` was called and all children are gone. Raises `StartFailed`; leaves no child."""
@@ -132,6 +135,7 @@ class Supervisor:
             self._kill()
             await asyncio.gather(stop, *self._tasks.values(), return_exceptions=True)
             self._failure.cancel()
+            await self._fork_server.close()
             os.close(self._launcher_pipe)
             os.close(self._launcher_fd)
 
@@ -226,25 +230,29 @@ class Supervisor:
         printing.cancel()
         return exit
 
-    async def _spawn(self, child: _Child, output: int) -> asyncio.subprocess.Process:
-        argv = child.command.argv(self._starts[child.command.id])
-        self._starts[child.command.id] += 1
+    async def _spawn(self, child: _Child, output: int) -> asyncio.subprocess.Process | ForkedProcess:
+        command = child.command
+        argv = command.argv(self._starts[command.id])
+        self._starts[command.id] += 1
         child.tail.clear()
-        child.process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={
-                **os.environ,
-                **child.command.env,
-                LAUNCHER_FD: str(self._launcher_fd),
-                LAUNCHER_PID: str(os.getpid()),
-            },
-            pass_fds=[self._launcher_fd, *child.command.fds],
-            process_group=0,
-        )
-        logger.info("started %s (pid %d)", child.command.id, child.process.pid)
+        env = {**os.environ, **command.env, LAUNCHER_FD: str(self._launcher_fd), LAUNCHER_PID: str(os.getpid())}
+        child.process = None
+        if command.preload:
+            try:
+                child.process = await self._fork_server.start(argv, env, output, self._launcher_fd)
+            except OSError as e:
+                logger.warning("cannot fork %s (%s): starting it by itself", command.id, e)
+        if child.process is None:
+            child.process = await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=env,
+                pass_fds=[self._launcher_fd, *command.fds],
+                process_group=0,
+            )
+        logger.info("started %s (pid %d)", command.id, child.process.pid)
         if child.stopping.is_set():  # asked for while the process was being started
             child.signal(signal.SIGKILL if self._ending else signal.SIGTERM)
         return child.process

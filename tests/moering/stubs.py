@@ -12,12 +12,19 @@ from pathlib import Path
 from moering.supervisor import Command
 
 DEADLINE_S = 60.0
+ROOT = Path(__file__).parents[2]
 
 
-def stub(directory: Path, server_id: str, kind: str = "", behaviour: str = "serve") -> Command:
-    """A command whose process reports to the `Mailbox` of `directory`."""
+def stub(
+    directory: Path, server_id: str, kind: str = "", behaviour: str = "serve", *, preload: bool = False
+) -> Command:
+    """A command whose process reports to the `Mailbox` of `directory`. With `preload`, PYTHONPATH must name `ROOT`."""
     module = [sys.executable, "-m", "tests.moering.stub_process", server_id]
-    return Command(server_id, kind or server_id, lambda start: [*module, str(start), str(directory), behaviour])
+
+    def argv(start: int) -> list[str]:
+        return [*module, str(start), str(directory), behaviour]
+
+    return Command(server_id, kind or server_id, argv, preload=preload)
 
 
 class Mailbox:

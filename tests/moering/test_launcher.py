@@ -19,7 +19,7 @@ from moering.commands import Commands
 from moering.errors import ConfigError
 from moering.launcher import STOP_ORDER, Config
 from moering.process import command_line
-from tests.moering.stubs import DEADLINE_S, Mailbox
+from tests.moering.stubs import DEADLINE_S, ROOT, Mailbox
 from tests.ports import free_port
 
 IDS = [f"{kind}-0" for kind in STOP_ORDER]
@@ -28,14 +28,16 @@ IDS = [f"{kind}-0" for kind in STOP_ORDER]
 class Launched:
     """The launcher as a process of its own, over stub processes, with the test as their coordinator's socket."""
 
-    def __init__(self, mailbox: Mailbox, behaviour: str = "serve") -> None:
+    def __init__(self, mailbox: Mailbox, *behaviour: str) -> None:
         self.mailbox = mailbox
         self.port = free_port()
         self.coordinator = transport.make_socket(zmq.ROUTER)
         address = transport.bind(self.coordinator, f"ipc://{mailbox.directory}/coordinator")
         module = [sys.executable, "-m", "tests.moering.stub_launcher"]
         self.process = subprocess.Popen(
-            [*module, str(mailbox.directory), str(self.port), address, behaviour], stdout=subprocess.PIPE, text=True
+            [*module, str(mailbox.directory), str(self.port), address, *(behaviour or ["serve"])],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.pids = {server_id: pid for server_id, (_, pid) in mailbox.started(len(STOP_ORDER)).items()}
 
@@ -90,9 +92,10 @@ def test_a_proven_exit_goes_to_the_coordinator(launched: Launched, mailbox: Mail
 
 
 # A process that is inside native code and keeps the interpreter lock cannot act on anything itself: Linux ends it.
-@pytest.mark.parametrize("behaviour", ["serve", "wedged"] if sys.platform == "linux" else ["serve"])
-def test_a_killed_launcher_leaves_no_process(mailbox: Mailbox, behaviour: str) -> None:
-    launched = Launched(mailbox, behaviour)
+@pytest.mark.parametrize("behaviour", ["serve", "wedged", "wedged preload"] if sys.platform == "linux" else ["serve"])
+def test_a_killed_launcher_leaves_no_process(mailbox: Mailbox, behaviour: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    launched = Launched(mailbox, *behaviour.split())
     try:
         launched.process.kill()
         assert mailbox.all_dead(within_s=2.0)

@@ -1,0 +1,117 @@
+"""The launcher's side of the fork server: starts it, asks it for processes, and waits for those. Linux only.
+
+What it forks become children of this process (`moering.fork_server` says how), which waits for each through a file
+descriptor of the process (`pidfd_open(2)`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+
+import msgpack
+
+from moering import fork_server
+from moering.process import LAUNCHER_PID
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def can_fork() -> bool:
+    """Whether this system has what forking needs."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):  # not Linux, or one from before 5.3
+        return False
+    return True
+
+
+class ForkedProcess:
+    """A running child; as much of `asyncio.subprocess.Process` as a supervisor needs."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        self._fd = os.pidfd_open(pid)
+        loop.add_reader(self._fd, self._reap, loop)
+
+    async def wait(self) -> int:
+        """The exit status, or the negative number of the signal that ended it."""
+        return int(await asyncio.shield(self._ended))
+
+    def _reap(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.remove_reader(self._fd)
+        os.close(self._fd)
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self._ended.set_result(self.returncode)
+
+
+class ForkServer:
+    """The fork server, started when it is first needed, and again after its death. To be used on a running loop."""
+
+    def __init__(self) -> None:
+        self._asking = asyncio.Lock()
+        self._process: asyncio.subprocess.Process | None = None
+        self._control: socket.socket | None = None
+
+    async def start(self, argv: Sequence[str], env: Mapping[str, str], output: int, launcher: int) -> ForkedProcess:
+        """Start ``python … -m MODULE FLAGS…`` in a process group of its own, to print to the descriptor `output` and to
+        die with the pipe `launcher`. Raises OSError when it cannot be started so."""
+        request = fork_server.encode_request(argv, env)
+        async with self._asking:
+            control = self._control or await self._start_server()
+            try:
+                socket.send_fds(control, [request], [output, launcher])
+                answer = await asyncio.get_running_loop().sock_recv(control, fork_server.MAX_ANSWER_BYTES)
+                if not answer:
+                    raise OSError("the fork server is gone")
+                return ForkedProcess(msgpack.unpackb(answer))
+            except OSError:
+                await self._end_server()
+                raise
+
+    async def close(self) -> None:
+        """End the fork server. What it has forked goes on."""
+        async with self._asking:
+            await self._end_server()
+        _set_subreaper(False)
+
+    async def _start_server(self) -> socket.socket:
+        _set_subreaper(True)
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-X", "faulthandler", "-m", "moering.fork_server"),
+                stdin=theirs.fileno(),
+                # The pool of threads that numpy's OpenBLAS starts when it is loaded would be in the way of a fork.
+                env={**os.environ, LAUNCHER_PID: str(os.getpid()), "OPENBLAS_NUM_THREADS": "1"},
+                process_group=0,
+            )
+        return self._control
+
+    async def _end_server(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)  # its import of PyTorch may last
+            await self._process.wait()
+            self._process = None
+
+
+def _set_subreaper(on: bool) -> None:
+    """Whether processes whose parent died become children of this one."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
