@@ -38,13 +38,13 @@ class PackedLinear:
         Raise `ValueError` for "packed" on a machine that cannot, and for an unknown backend.
         """
         self.out_features, self.in_features = weight.shape
-        packed = resolve_backend(backend) == "packed" and fits_fp16(weight)
-        self.backend = "packed" if packed else "portable"
+        # rounded here, so that the bits do not depend on how the library rounds
+        rounded = rounded_to_fp16(weight) if resolve_backend(backend) == "packed" else None
+        self.backend = "portable" if rounded is None else "packed"
         self._packed: Any = None
         self._weight: torch.Tensor | None = None
-        if packed:
-            # rounded here, so that the bits do not depend on how the library rounds
-            self._packed = torch.ops.quantized.linear_prepack_fp16(weight.half().float().contiguous(), None)
+        if rounded is not None:
+            self._packed = torch.ops.quantized.linear_prepack_fp16(rounded, None)
             self.nbytes = weight.numel() * 2
         else:
             self._weight = weight.float().contiguous()
@@ -79,14 +79,18 @@ def resolve_backend(backend: Backend) -> Literal["packed", "portable"]:
     return "portable"
 
 
-def fits_fp16(weight: torch.Tensor) -> bool:
-    """True when no weight overflows fp16 and none moves by more than `MAX_PACK_ERROR`."""
-    exact = weight.float()
+def rounded_to_fp16(weight: torch.Tensor) -> torch.Tensor | None:
+    """`weight` with the values that fp16 has for it, in fp32 and contiguous.
+
+    None when a weight overflows fp16 or moves by more than `MAX_PACK_ERROR`.
+    """
+    exact = weight.float().contiguous()
     rounded = exact if weight.dtype == torch.float16 else exact.half().float()
     # NaN and infinity are extremes too; of float32 this is faster than isfinite()
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(rounded)):
-        return False
-    return rounded is exact or float((rounded - exact).abs().max()) <= MAX_PACK_ERROR
+    finite = all(math.isfinite(extreme) for extreme in torch.aminmax(rounded))
+    if not finite or (rounded is not exact and float((rounded - exact).abs().max()) > MAX_PACK_ERROR):
+        return None
+    return rounded
 
 
 def _linear_fp16(x: torch.Tensor, packed: Any) -> torch.Tensor:

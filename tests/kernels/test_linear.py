@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.linear import MAX_PACK_ERROR, PackedLinear, fits_fp16, resolve_backend
+from kernels.linear import MAX_PACK_ERROR, PackedLinear, resolve_backend, rounded_to_fp16
 
 ROWS = 300
 SHAPES = [(576, 576), (960, 576), (576, 1536), (256, 2048), (8, 576), (40, 24)]  # out, in
@@ -66,12 +66,13 @@ def test_weights_beyond_fp16_are_never_packed():
     assert torch.equal(linear(torch.ones(1, 4)), torch.full((1, 4), 4 * float(too_large[0, 0])))
 
 
-def test_fits_fp16_bounds_the_error():
+def test_rounding_to_fp16_has_a_bound():
     on_grid = torch.tensor([[1.0]])
-    assert fits_fp16(on_grid)
-    assert fits_fp16(torch.tensor([[1e-5 + MAX_PACK_ERROR / 1024]]))
-    assert not fits_fp16(on_grid + 4 * MAX_PACK_ERROR)
-    assert not fits_fp16(torch.tensor([[float("nan")]], dtype=torch.float16))
+    assert torch.equal(rounded_to_fp16(on_grid), on_grid)
+    near = torch.tensor([[1e-5 + MAX_PACK_ERROR / 1024]])
+    assert torch.equal(rounded_to_fp16(near), near.half().float())
+    assert rounded_to_fp16(on_grid + 4 * MAX_PACK_ERROR) is None
+    assert rounded_to_fp16(torch.tensor([[float("nan")]], dtype=torch.float16)) is None
 
 
 def test_sizes_are_reported():
