@@ -86,7 +86,6 @@ class ExpertServer:
         self.routers.start()
         self.service.start()
         self.lease.start()
-        threading.Thread(target=self._keep_loading, name="loader", daemon=True).start()
         threading.Thread(target=self._join_cluster, name="join", daemon=True).start()
         self._stop.wait()
         self.lease.close(Leave(self.id, self.incarnation))
@@ -96,7 +95,7 @@ class ExpertServer:
         return 0
 
     def _join_cluster(self) -> None:
-        """From an empty process to ONLINE, at low priority where nobody waits for it."""
+        """From an empty process to ONLINE, at low priority where nobody waits for it; then after every plan."""
         background: Callable[[Callable[[], Any]], Any] = at_low_priority if self.config.nice else lambda work: work()
         try:
             background(self._prepare)
@@ -106,12 +105,13 @@ class ExpertServer:
                 view = self.loader.wait_for_change(view)
                 if view is not None and view.layers > 0 and self.id in view.servers:
                     load = partial(self.loader.reconcile, view, online=False)
-                    loaded = load() if targets(view, self.id)[1] else background(load)
+                    loaded = load() if targets(view, self.id).orphans else background(load)
             gc.freeze()
             release_free_memory()
             self.state = "ONLINE"
             self._report()
             logger.info("online at %s with %d experts", self.address, len(self.residency.keys()))
+            self._keep_loading()
         except MoeringError as e:
             self._fail(e)
 
@@ -132,17 +132,14 @@ class ExpertServer:
         self._prepared.set()
 
     def _keep_loading(self) -> None:
-        """After the first plan: follow every later one, while serving."""
+        """Follow every plan while serving: the first once more, for what was not needed to be online."""
         view: View | None = None
-        try:
-            while True:
-                view = self.loader.wait_for_change(view)
-                if self.state != "JOINING" and view is not None:
-                    if self.loader.reconcile(view, online=True):
-                        self._refill_host_replicas(view)
-                    release_free_memory()
-        except MoeringError as e:
-            self._fail(e)
+        while True:
+            view = self.loader.wait_for_change(view)
+            if view is not None:
+                if self.loader.reconcile(view, online=True):
+                    self._refill_host_replicas(view)
+                release_free_memory()
 
     def _announce(self, keys: Sequence[Key]) -> None:
         """What will be loaded next, for reading ahead."""

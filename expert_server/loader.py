@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,31 +56,33 @@ class Loader:
     def reconcile(self, view: View, *, online: bool) -> bool:
         """Drop and load until memory matches the plan of `view`. False if a newer view, or lack of room, cut it short.
 
-        `online`: report on the way, since what is reported is used at once. A server that is not online yet is used
-        when it has everything, and so reports once. There is no rest after an orphan, nor after anything else that
-        has to be there before an orphan can be used. A view that does not know this server says nothing about what
-        it should hold.
+        `online`: report on the way, since what is reported is used at once. A server that joins reports once. Where
+        there are orphans, it loads only those that it is the first to bring: it is needed before it has everything.
+        There is no rest after an orphan. A view that does not know this server says nothing about what it should hold.
         """
         if self._server_id not in view.servers:
             return True
-        wanted, orphans = targets(view, self._server_id)
-        held = self._residency.keys()
-        for key in sorted(held - wanted.keys()):
+        given = targets(view, self._server_id)
+        wanted, orphans, held = given.wanted, given.orphans, self._residency.keys()
+        for key in sorted(held - wanted):
             self._residency.drop(key)
-        if held - wanted.keys():
-            logger.info("dropped %d experts", len(held - wanted.keys()))
+        if held - wanted:
+            logger.info("dropped %d experts", len(held - wanted))
             self._report()
-        missing = _in_order(view, wanted.keys() - held, orphans)
+        all_now = online or not orphans
+        missing = _in_order(given, (wanted if all_now else given.first) - held)
         if missing:
             logger.info("loading %d experts, %d of them orphans", len(missing), len(orphans & set(missing)))
-        return self._load_all(view, missing, orphans, online)
+        return self._load_all(missing, given, online)
 
-    def _load_all(self, view: View, missing: list[Key], orphans: set[Key], online: bool) -> bool:
+    def _load_all(self, missing: list[Key], given: Targets, online: bool) -> bool:
         started = reported = shown = time.monotonic()
         for n, key in enumerate(missing, 1):
-            if self._is_outdated(view, orphans):
+            newest = self._newest(given)
+            if newest.differs_from(given):
                 self._report()
                 return False
+            given = newest  # what was an orphan may be none any more
             begun = time.monotonic()
             self._announce(missing[n - 1 :])
             try:
@@ -90,15 +92,15 @@ class Loader:
                 self._report()
                 return False
             now = time.monotonic()
-            last_orphan = key in orphans and (n == len(missing) or missing[n] not in orphans)
-            if n == len(missing) or (online and (last_orphan or now - reported > REPORT_S)):
+            waited_for = n < len(missing) and given.urgency(key) > given.urgency(missing[n])
+            if n == len(missing) or (online and (waited_for or now - reported > REPORT_S)):
                 self._report()
                 reported = now
             if now - shown > PROGRESS_S:
                 logger.info("loaded %d of %d experts", n, len(missing))
                 shown = now
-            if n < len(missing) and key not in orphans and (online or not orphans):
-                self._rest(view, orphans, self._rest_s(now - begun))
+            if n < len(missing) and key not in given.orphans:
+                self._rest(given, self._rest_s(now - begun))
         if missing:
             logger.info("loaded %d experts in %.1f s", len(missing), time.monotonic() - started)
         return True
@@ -108,37 +110,50 @@ class Loader:
         with self._changed:
             return not self._changed.wait_for(lambda: self._view is not view, self._rest_s(took_s))
 
-    def _rest(self, view: View, orphans: set[Key], seconds: float) -> None:
+    def _rest(self, given: Targets, seconds: float) -> None:
         """Wait, but no longer than until a newer view asks for something else."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_outdated(view, orphans), seconds)
+            self._changed.wait_for(lambda: self._newest(given).differs_from(given), seconds)
 
-    def _is_outdated(self, view: View, orphans: set[Key]) -> bool:
-        """Whether a newer view asks for something else, or for something else first."""
-        newest = self._view
-        if newest is None or newest is view:
-            return False
-        wanted, new_orphans = targets(newest, self._server_id)
-        return wanted != targets(view, self._server_id)[0] or not new_orphans <= orphans
+    def _newest(self, given: Targets) -> Targets:
+        view = self._view
+        return given if view is None or view is given.view else targets(view, self._server_id)
 
 
-def targets(view: View, server_id: str) -> tuple[dict[Key, None], set[Key]]:
-    """The experts that the plan gives to a server, and those of them that no live server has (orphans)."""
+class Targets(NamedTuple):
+    """What the plan of a view gives to a server."""
+
+    view: View
+    wanted: set[Key]
+    orphans: set[Key]  # those that no live server has
+    first: set[Key]  # orphans for which the plan names this server before others: so each is brought by one first
+
+    def urgency(self, key: Key) -> int:
+        """What is to be loaded before what: 2, 1, 0."""
+        return (key in self.orphans) + (key in self.first)
+
+    def differs_from(self, earlier: Targets) -> bool:
+        """Whether something else is to be loaded than by an earlier view, or something else first."""
+        return self.wanted != earlier.wanted or not (self.orphans <= earlier.orphans and self.first <= earlier.first)
+
+
+def targets(view: View, server_id: str) -> Targets:
+    """What `view` gives to a server; nothing if it does not know it."""
     if server_id not in view.servers:
-        return {}, set()
+        return Targets(view, set(), set(), set())
     shape = (view.layers, view.experts, view.width)
-    target = np.frombuffer(view.target, "<i2").reshape(shape)
-    routing = np.frombuffer(view.routing, "<i2").reshape(shape)
-    mine = (target == view.servers.index(server_id)).any(axis=2)
-    nowhere = mine & (routing < 0).all(axis=2)
-    return _keys(mine), set(_keys(nowhere))
+    holds = np.frombuffer(view.target, "<i2").reshape(shape) == view.servers.index(server_id)
+    nowhere = (np.frombuffer(view.routing, "<i2").reshape(shape) < 0).all(axis=2)
+    wanted = holds.any(axis=2)
+    return Targets(view, _keys(wanted), _keys(wanted & nowhere), _keys(holds[:, :, 0] & nowhere))
 
 
-def _in_order(view: View, missing: Set[Key], orphans: Set[Key]) -> list[Key]:
-    """Orphans first, then the most popular."""
+def _in_order(given: Targets, missing: Set[Key]) -> list[Key]:
+    """The most urgent first, then the most popular."""
+    view = given.view
     ranks = view.popularity or bytes(view.layers * view.experts)
-    return sorted(missing, key=lambda key: (key not in orphans, -ranks[key[0] * view.experts + key[1]], key))
+    return sorted(missing, key=lambda key: (-given.urgency(key), -ranks[key[0] * view.experts + key[1]], key))
 
 
-def _keys(mask: np.ndarray) -> dict[Key, None]:
-    return {(int(layer), int(expert)): None for layer, expert in np.argwhere(mask)}
+def _keys(mask: np.ndarray) -> set[Key]:
+    return {(int(layer), int(expert)) for layer, expert in np.argwhere(mask)}

@@ -4,7 +4,6 @@ import threading
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from expert_server.backend import NoRoom
 from expert_server.loader import Loader, targets
@@ -16,12 +15,12 @@ DEADLINE_S = 30.0
 FOREVER_S = 3600.0
 
 
-def view(mine, routed=(), epoch=1):
-    """Server "me" is to hold `mine`; `routed` experts have a live replica elsewhere."""
+def view(mine, routed=(), epoch=1, second=()):
+    """Server "me" is to hold `mine`, of these `second` after another; `routed` ones have a live replica elsewhere."""
     target = np.full((LAYERS, EXPERTS, 2), -1, "<i2")
     routing = target.copy()
     for key in mine:
-        target[key][0] = 1
+        target[key][:] = (0, 1) if key in second else (1, -1)
     for key in routed:
         routing[key][0] = 0
     return View(1, epoch, [], ["other", "me"], LAYERS, EXPERTS, 2, routing.tobytes(), target.tobytes(), 2, 0, 0, 0)
@@ -74,14 +73,43 @@ def test_the_most_popular_are_loaded_first_after_the_orphans():
     assert f.loaded == [(1, 3), (1, 0), (0, 1), (1, 2), (0, 2), (0, 3), (1, 1)]
 
 
-@pytest.mark.parametrize("online", [True, False])
-def test_there_is_no_rest_after_an_orphan_nor_after_the_last_one(online):
+def test_there_is_no_rest_after_an_orphan_nor_after_the_last_one():
     f = Fixture()
     mine = {(0, 0), (0, 1), (0, 2), (0, 3)}
-    v = view(mine, routed={(0, 0), (0, 1), (0, 2)})
-    f.loader.view_changed(v)
-    assert f.loader.reconcile(v, online=online)
-    assert f.rests == ([2, 3] if online else [])  # one that joins is used when it has everything, orphans included
+    assert f.follow(view(mine, routed={(0, 0), (0, 1), (0, 2)}))
+    assert f.rests == [2, 3]
+
+
+def test_of_the_orphans_each_server_loads_those_first_that_it_comes_first_for():
+    f = Fixture()
+    f.follow(view({(0, 0), (0, 1), (0, 2), (0, 3)}, routed=[(0, 0)], second=[(0, 1), (0, 2)]))
+    assert f.loaded == [(0, 3), (0, 1), (0, 2), (0, 0)]
+    assert f.reports == [{(0, 3)}, {(0, 3), (0, 1), (0, 2)}, f.residency.keys()]
+
+
+def test_a_server_joins_with_what_it_comes_first_for():
+    f = Fixture()
+    v = view({(0, 0), (0, 1), (0, 2)}, routed=[(0, 0)], second=[(0, 1)])
+    assert f.loader.reconcile(v, online=False)
+    assert f.loaded == [(0, 2)]
+    assert f.rests == []
+
+
+def test_a_server_becomes_first_when_the_one_before_it_dies():
+    f, mine = Fixture(), {(0, 0), (0, 1), (0, 2)}
+    newer = view(mine, epoch=2, second=[(0, 1)])
+    f.on_load = lambda key: f.loader.view_changed(newer)
+    assert not f.follow(view(mine, second=[(0, 1), (0, 2)]))
+    assert f.loaded == [(0, 0)]
+    f.follow(newer)
+    assert f.loaded == [(0, 0), (0, 2), (0, 1)]
+
+
+def test_what_another_server_has_brought_meanwhile_is_loaded_at_leisure():
+    f, mine = Fixture(), {(0, 0), (0, 1), (0, 2)}
+    f.on_load = lambda key: f.loader.view_changed(view(mine, routed=[(0, 1), (0, 2)], epoch=2, second=[(0, 1), (0, 2)]))
+    assert f.follow(view(mine, second=[(0, 1), (0, 2)]))
+    assert f.rests == [2]
 
 
 def test_a_joining_server_without_orphans_rests_as_well():
@@ -114,7 +142,7 @@ def test_a_newer_plan_cuts_loading_short():
 
 
 def test_a_server_that_the_plan_does_not_know_loads_nothing():
-    assert targets(view({(0, 0)}), "stranger") == ({}, set())
+    assert targets(view({(0, 0)}), "stranger")[1:] == (set(), set(), set())
 
 
 def test_a_view_that_does_not_know_the_server_takes_nothing_from_it():

@@ -10,7 +10,7 @@ import numpy as np
 from expert_server import batching
 from expert_server.batching import Group, Request
 from expert_server.loader import REPORT_S, targets
-from expert_server.residency import Key, Residency
+from expert_server.residency import Residency
 from moering.expert_frames import Dispatch, Reply
 from moering.protocol import Failed, Held, Hello, NotHere, View, Welcome
 from tests.simulation.arithmetic import P, coefficients
@@ -95,40 +95,38 @@ class ExpertServer(Member):
             if finished and self.state == "JOINING":
                 self.state = "ONLINE"
                 self._report()
+                yield from self._reconcile(done)
 
     def _reconcile(self, view: View) -> Generator[float, None, bool]:
         online = self.state != "JOINING"
-        wanted, orphans = targets(view, self.name)
+        given = targets(view, self.name)
         held = self.residency.keys()
-        for key in sorted(held - wanted.keys()):
+        for key in sorted(held - given.wanted):
             self.cluster.oracle.dropping(self, key)
             self.residency.drop(key)
-        if held - wanted.keys():
+        if held - given.wanted:
             self._report()
-        missing = sorted(wanted.keys() - held, key=lambda key: (key not in orphans, key))
+        now = given.wanted if online or not given.orphans else given.first
+        missing = sorted(now - held, key=lambda key: (-given.urgency(key), key))
         reported_s = self.world.now_s
         for n, key in enumerate(missing, 1):
-            if self._is_outdated(view, orphans):
+            newest = targets(self.view, self.name)
+            if newest.differs_from(given):
                 self._report()
                 return False
+            given = newest
             load_s = self.cluster.load_s()
             yield load_s
             layer, expert = key
             weights = int(self._a[layer, expert]), int(self._b[layer, expert])
             self.residency.add(key, weights, b"%08d" % (layer << 16 | expert))
-            last_orphan = key in orphans and (n == len(missing) or missing[n] not in orphans)
-            if n == len(missing) or (online and (last_orphan or self.world.now_s - reported_s > REPORT_S)):
+            waited_for = n < len(missing) and given.urgency(key) > given.urgency(missing[n])
+            if n == len(missing) or (online and (waited_for or self.world.now_s - reported_s > REPORT_S)):
                 self._report()
                 reported_s = self.world.now_s
-            if online and key not in orphans:
+            if online and key not in given.orphans:
                 yield load_s
         return True
-
-    def _is_outdated(self, view: View, orphans: set[Key]) -> bool:
-        if self.view is view:
-            return False
-        wanted, new_orphans = targets(self.view, self.name)
-        return wanted != targets(view, self.name)[0] or not new_orphans <= orphans
 
     # --- serving ---
 
