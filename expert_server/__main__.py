@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ from moering.leader import finder
 from moering.lease import LeaseClient
 from moering.lease_session import LeaseSession
 from moering.priority import at_low_priority
-from moering.process import incarnation, install_signal_handlers, run_main
+from moering.process import end, incarnation, install_signal_handlers, run_main
 from moering.protocol import Held, Lease, Leave, MemberInfo, Register, View
 
 logger = logging.getLogger(__name__)
@@ -240,4 +239,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())  # it may still be loading

@@ -8,11 +8,13 @@ A process's ``__main__.py`` is::
     if __name__ == "__main__":
         sys.exit(main())
 
-where ``run(config: Config) -> int`` serves until it is told to stop and returns the exit status.
+where ``run(config: Config) -> int`` serves until it is told to stop and returns the exit status. Where other threads
+may be in torch then, it is ``end(main())``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -23,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from moering.config import parse
 from moering.errors import ConfigError, MoeringError
@@ -86,6 +88,15 @@ def _end_with_thread(args: threading.ExceptHookArgs) -> None:
         os._exit(1)
 
 
+def end(status: int) -> NoReturn:
+    """End this process at once, whatever its threads are at: one that comes back from torch while the interpreter ends
+    aborts the process."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
 def command_line(kind: str) -> list[str]:
     """How a process of a kind is started, without its flags."""
     # -P: a directory called `router` where the user stands must not be taken for ours. A native crash says where.
@@ -102,7 +113,8 @@ def install_signal_handlers(on_stop: Callable[[], None]) -> None:
 
     For processes whose main thread runs Python code or a blocking poll. `on_stop` runs in the main thread between two
     byte codes, and a blocking poll goes on afterwards: let it write to something that is polled. On an asyncio loop
-    let it be ``lambda: loop.call_soon_threadsafe(…)``.
+    let it be ``lambda: loop.call_soon_threadsafe(…)``. It may take no lock that the main thread takes, of an `Event`
+    for example, nor log: that may be what it interrupts. What needs that is for a thread that it starts.
     """
     stopping = False
 

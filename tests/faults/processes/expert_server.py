@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from expert_server import __main__ as product
 from expert_server.service import Service
+from moering import process
 from moering.expert_frames import Reply
 from tests.faults.processes.agent import Agent
 from tests.faults.processes.wrapping import GARBAGE, advertise_relay, points_at_etcd, start, wrap
@@ -97,4 +97,4 @@ if __name__ == "__main__":
     advertise_relay(agent)
     install(agent)
     points_at_etcd(agent)
-    sys.exit(product.main())
+    process.end(product.main())
