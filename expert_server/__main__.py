@@ -77,6 +77,7 @@ class ExpertServer:
         self._prepared = threading.Event()  # torch is imported and the probe has run
         self._stop = threading.Event()
         self._terminated = False  # by SIGTERM
+        self._draining = threading.Lock()
         self._failure: MoeringError | None = None
 
     def run(self) -> int:
@@ -166,10 +167,10 @@ class ExpertServer:
         """SIGTERM: go once others have what is here, or no router is left, or after a while."""
         self._terminated = True
         threading.Thread(target=self._stop_when_alone, name="drain", daemon=True).start()
-        self._follow_drain()
 
     def _stop_when_alone(self) -> None:
         """Whoever has left says so by his connection too: while no coordinator publishes views, by that alone."""
+        self._follow_drain()
         until_s = time.monotonic() + self.config.drain_timeout_s
         while not self._stop.wait(DRAIN_LOOK_S):
             alone = self.routers.gone_for_s >= ALONE_S
@@ -178,19 +179,20 @@ class ExpertServer:
                 self._stop.set()
 
     def _follow_drain(self) -> None:
-        """Drain, go, or stay after all, as the view and the operator want it. On any thread."""
-        view, own = self.view, self._identity
-        if not self._terminated and (view is None or not told_to_drain(view, own)):
-            if self.state == "DRAINING":
-                logger.info("not draining any more")
-                self.state = "ONLINE"
+        """Drain, go, or stay after all, as the view and the operator want it. On any thread but the main one."""
+        with self._draining:
+            view, own = self.view, self._identity
+            if not self._terminated and (view is None or not told_to_drain(view, own)):
+                if self.state == "DRAINING":
+                    logger.info("not draining any more")
+                    self.state = "ONLINE"
+                    self.lease.renew()
+            elif self.state == "JOINING" or view is None or nobody_needs(view, own) or experts_are_elsewhere(view, own):
+                self._stop.set()
+            elif self.state == "ONLINE":
+                logger.info("draining: others load the %d experts that are here", len(self.residency.keys()))
+                self.state = "DRAINING"
                 self.lease.renew()
-        elif self.state == "JOINING" or view is None or nobody_needs(view, own) or experts_are_elsewhere(view, own):
-            self._stop.set()
-        elif self.state == "ONLINE":
-            logger.info("draining: others load the %d experts that are here", len(self.residency.keys()))
-            self.state = "DRAINING"
-            self.lease.renew()
 
     # --- membership ---
 

@@ -115,7 +115,8 @@ class Coordinator:
                 if self.leading:
                     self._act(self.membership.tick(self._clock()))
                     self._feed.send(self.membership, self.socket)
-                    self._stopping |= self.membership.told_to_leave
+                    if self.membership.told_to_leave:  # not `|=`: a signal in its midst would be forgotten
+                        self._stopping = True
                 next_tick_s = self._clock() + TICK_S
         self.close()
 

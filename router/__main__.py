@@ -112,7 +112,10 @@ class Router:
         self._follow_drain()
 
     def _follow_drain(self) -> None:
-        """Go if somebody wants it. Gateways give no new requests to a router that drains; there is no way back."""
+        """Go if somebody wants it. Gateways give no new requests to a router that drains; there is no way back.
+
+        A signal may call it within the main thread's own writing of a line to the log: it writes none.
+        """
         view, own = self._view, self._identity
         if self.state == "DRAINING" or not (self._terminated or (view is not None and told_to_drain(view, own))):
             return
@@ -121,10 +124,10 @@ class Router:
             return
         self.state = "DRAINING"
         self.lease.renew()
-        logger.info("draining: %d requests may finish within %g s", self.engine.queued, self.config.drain_timeout_s)
         threading.Thread(target=self._stop_when_idle, name="drain", daemon=True).start()
 
     def _stop_when_idle(self) -> None:
+        logger.info("draining: %d requests may finish within %g s", self.engine.queued, self.config.drain_timeout_s)
         until_s = time.monotonic() + self.config.drain_timeout_s
         while time.monotonic() < until_s and not self._may_go():
             time.sleep(DRAIN_LOOK_S)

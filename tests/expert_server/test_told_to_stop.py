@@ -3,9 +3,71 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from expert_server import __main__ as product
+from expert_server.__main__ import ExpertServer
+from expert_server.config import Config
+from moering.protocol import MemberInfo, View
+from tests.integration.cluster import wait_for
 from tests.moering.stubs import DEADLINE_S
+from tests.tiny import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def server(checkpoint, tmp_path):
+    """One without a lease, whose coordinator knows a router and another expert server."""
+    s = ExpertServer(Config(str(checkpoint), bind=f"ipc://{tmp_path}/e", id="e0", nice=False))
+    s.routers.start()
+    s.service.start()
+    yield s
+    s._stop.set()
+    s.service.close()
+
+
+def view_of(server):
+    """All experts are `server`'s."""
+    c = server.checkpoint
+    table = np.zeros((c.num_layers, c.num_experts, 1), "<i2").tobytes()
+    others = [MemberInfo(kind, kind, 1, "", 0, "ONLINE", "", 9, 0) for kind in ("router", "expert-server")]
+    members = [server._identity, *others]
+    return View(1, 1, members, [server.id], c.num_layers, c.num_experts, 1, table, table, 1, 0, 0, 0)
+
+
+def test_a_signal_is_taken_while_the_main_thread_has_the_lock_that_it_waits_with(server):
+    """For a moment it has, whenever it begins or ends to wait."""
+    handler = threading.Thread(target=server._terminate)
+    with server._stop._cond:
+        handler.start()
+        handler.join(DEADLINE_S / 10)
+        taken = not handler.is_alive()
+    assert taken
+    assert server._stop.wait(DEADLINE_S)  # it was joining
+
+
+def test_a_signal_is_not_forgotten_over_a_view_that_wants_no_drain(server, monkeypatch):
+    server.state = "ONLINE"
+
+    def look(view, own):
+        monkeypatch.setattr(product, "told_to_drain", lambda view, own: False)
+        server._terminate()  # just now
+        return False
+
+    monkeypatch.setattr(product, "told_to_drain", look)
+    server._on_view(view_of(server))
+    wait_for("it drains", lambda: server.state == "DRAINING")
+    server._on_view(view_of(server))
+    assert server.state == "DRAINING" and not server._stop.is_set()
+
 
 ENDS_WHILE_LOADING = """
 import runpy, threading, torch

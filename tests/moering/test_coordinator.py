@@ -18,6 +18,7 @@ import zmq
 from moering import protocol, transport
 from moering.coordinator import Config, Coordinator
 from moering.errors import ConfigError
+from moering.membership import Membership
 from moering.probe import EndpointProbe
 from moering.protocol import ProvenExit, Refused, View
 from tests.moering.cluster import Member, of, table
@@ -200,6 +201,21 @@ def test_it_binds_where_a_killed_one_was_bound_over_ipc(tmp_path: object) -> Non
 def test_settings_without_meaning_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Config(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_signal_that_comes_while_it_looks_whether_an_operation_ends_it_ends_it(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator, looks = Coordinator(Config(bind=f"ipc://{tmp_path}/c")), []
+
+    def look(membership: Membership) -> bool:
+        looks.append(membership)
+        coordinator.stop()  # as a signal's handler does, between two byte codes
+        return len(looks) > 1
+
+    monkeypatch.setattr(Membership, "told_to_leave", property(look))
+    coordinator.run()
+    assert len(looks) == 1
 
 
 def ask(address: str) -> str:
