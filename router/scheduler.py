@@ -244,10 +244,10 @@ class Scheduler:
             self.prefixes.find(sequence)  # of use from now on: its new blocks are not to be those
             if (filled and len(rivals) >= PREFILL_LANES) or not self._reserve(sequence):
                 break
-            self.waiting.pop(0)
             sequence.status = Status.RUNNING
             self.prefixes.fetch(sequence)
             bisect.insort(self.running, sequence, key=_arrival)
+            self.waiting.pop(0)  # last: other threads count both queues, and must not miss it
             lanes.append(sequence)
         return [s for s in lanes if s.interrupted] or lanes
 

@@ -92,6 +92,20 @@ def test_max_num_seqs_holds():
     engine.run()
 
 
+def test_a_sequence_that_is_admitted_is_in_a_queue_all_the_while(monkeypatch):
+    """A router that drains goes when it finds both empty, on a thread of its own."""
+    engine, seen = Engine(), []
+    fetch, sequence = engine.prefixes.fetch, engine.add(prompt=5)
+
+    def look(admitted):
+        seen.append(admitted in engine.scheduler.waiting + engine.scheduler.running)
+        fetch(admitted)
+
+    monkeypatch.setattr(engine.prefixes, "fetch", look)
+    engine.step()
+    assert seen == [True] and engine.scheduler.running == [sequence] and not engine.scheduler.waiting
+
+
 def test_streams_that_began_on_another_router_go_before_prompts_and_in_full_steps():
     engine = Engine(blocks=400, seqs=8, batched=64, max_len=200)
     streams = [engine.add(prompt=2, max_tokens=50) for _ in range(2)]
