@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import zmq
 
 from moering import transport
@@ -92,11 +91,10 @@ class Router:
 
     def _lease(self) -> Lease:
         engine, view = self.engine, self.engine.view
-        loads, engine.loads = engine.loads, np.zeros_like(engine.loads)
         term, epoch = (view.term, view.epoch) if view is not None else (0, 0)
         return Lease(
             self.id, self.incarnation, self.state, engine.progress, engine.queued, self.exchange.suspects,
-            term, epoch, loads.astype("<f4").tobytes(), self.exchange.wedged,
+            term, epoch, engine.take_loads().astype("<f4").tobytes(), self.exchange.wedged,
         )  # fmt: skip
 
     def _on_view(self, view: View) -> None:

@@ -72,7 +72,8 @@ class Engine:
         self.progress = 0
         self.forwards = self.forward_rows = self.forwards_dropped = 0
         self.tokens_renormalized = self.requests_without_replica = 0
-        self.loads = np.zeros((0, 0), np.float32)  # tokens per expert since a lease last took them
+        self._loads = np.zeros((0, 0), np.int64)  # tokens per expert, of one shape of the model
+        self._taken = self._loads, self._loads  # these, and what they were when they were taken last
 
     # --- from other threads ---
 
@@ -95,6 +96,16 @@ class Engine:
     def gateways(self) -> int:
         """Gateways that are connected."""
         return self._frontend.gateways
+
+    def take_loads(self) -> np.ndarray:
+        """Tokens per expert since the last call, int64 [layers, experts]. For one other thread.
+
+        Nothing of the engine's is changed: its thread counts on meanwhile, and may begin anew with another shape.
+        """
+        loads = self._loads
+        counted, (of, before) = loads.copy(), self._taken
+        self._taken = loads, counted
+        return counted - before if of is loads else counted
 
     def counters(self) -> dict[str, float]:
         """Counts since the start."""
@@ -195,8 +206,8 @@ class Engine:
         if view is not None:
             self._exchange.view_changed(view)
             self.view = view
-            if self.loads.shape != (view.layers, view.experts):
-                self.loads = np.zeros((view.layers, view.experts), np.float32)
+            if self._loads.shape != (view.layers, view.experts):
+                self._loads = np.zeros((view.layers, view.experts), np.int64)
 
     def _submit(self, gateway: bytes, submit: Submit) -> None:
         sequence = Sequence.from_submit(submit, gateway, self._clock())
@@ -248,9 +259,9 @@ class Engine:
     def _reached(self, flight: Flight) -> None:
         """The gate of this layer has chosen."""
         flight.expert_rows.begin_layer()
-        if self.loads.size:
-            counts = np.bincount(flight.topk_ids.reshape(-1), minlength=self.loads.shape[1])
-            self.loads[flight.layer] += counts
+        if self._loads.size:
+            counts = np.bincount(flight.topk_ids.reshape(-1), minlength=self._loads.shape[1])
+            self._loads[flight.layer] += counts
             self._exchange.dispatcher.balance.chosen(flight.layer, counts)
         self._exchange.submit(flight)
 
