@@ -122,11 +122,11 @@ class Engine:
         }
 
     def gauges(self) -> dict[str, float]:
-        """The state of now."""
+        """The state of now. May be read by any thread."""
         return {
             "requests_running": len(self._scheduler.running),
             "requests_waiting": len(self._scheduler.waiting),
-            "requests_parked": sum(len(f.items) for f in self._parking.flights),
+            "requests_parked": sum(len(f.items) for f in list(self._parking.flights)),
             "forwards_in_flight": len(self._flights) + len(self._parking.flights),
             "kv_blocks_in_use": self._scheduler.blocks_in_use,
             "expert_servers_passed_over": len(self._exchange.passed_over),

@@ -151,21 +151,23 @@ class Exchange:
 
     @property
     def suspects(self) -> list[str]:
-        """Servers of the plan that this router routes around. May be read by any thread, as `wedged` may."""
-        up = {s for s, connection in list(self._connections.items()) if connection.welcomed}
+        """Servers of the plan that this router routes around. May be read by any thread, as the next two may."""
+        # Values, as keys, are copied in one piece. Pairs are not: making one may begin a garbage collection, in which
+        # finalizers let other threads run.
+        up = {c.server_id for c in list(self._connections.values()) if c.welcomed}
         return [s for s, member in self._members.items() if s not in up and member.state != "JOINING"]
 
     @property
     def wedged(self) -> list[str]:
         """Servers that are connected, but have answered nothing for long though something is overdue."""
-        now = self._clock()
-        return [s for s, health in list(self.dispatcher.health.items()) if health.connected and health.is_wedged(now)]
+        now, health = self._clock(), self.dispatcher.health  # which only grows
+        return [s for s in list(health) if health[s].connected and health[s].is_wedged(now)]
 
     @property
     def passed_over(self) -> dict[str, str]:
         """Servers of the plan that others come before, and why."""
-        now = self._clock()
-        known = {s: health.complaint(now) for s, health in self.dispatcher.health.items() if s in self._members}
+        now, health = self._clock(), self.dispatcher.health
+        known = {s: health[s].complaint(now) for s in list(health) if s in self._members}
         return dict.fromkeys(self.suspects, "unreachable") | {s: why for s, why in known.items() if why}
 
     @property
@@ -193,6 +195,7 @@ class Exchange:
 
     def close(self) -> None:
         """Close all connections."""
+        self._members = {}  # first: the lease's thread is not to take us for one that lost them all
         for connection in list(self._connections.values()):
             self._close(connection)
 

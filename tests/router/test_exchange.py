@@ -1,6 +1,7 @@
 """The exchange over real sockets, with compute threads that can be killed between receive and reply."""
 
 import ctypes
+import gc
 import os
 import sys
 import time
@@ -374,6 +375,36 @@ def test_suspects_may_be_read_while_connections_come_and_go(harness, tmp_path):
     finally:
         sys.setswitchinterval(interval)
     assert harness.exchange.suspects == names[-1]
+
+
+def test_suspects_may_be_read_while_garbage_is_collected(harness, tmp_path):
+    """Finalizers in Python run within a collection, and meanwhile the engine's thread may."""
+    connections, pairs = harness.exchange._connections, [(n, n) for n in range(5000)]  # none is left to be used again
+    harness.view(*(Silent(tmp_path, str(n)) for n in range(10)))
+    threshold, added = gc.get_threshold(), []
+
+    def add(phase, info):
+        added.append(f"{len(added)} more")
+        connections[added[-1]] = connections["0"]
+
+    gc.callbacks.append(add)
+    gc.set_threshold(1)
+    try:
+        suspects = harness.exchange.suspects
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(add)
+        for name in added:
+            del connections[name]
+    assert added and len(suspects) == 10 < len(pairs)
+
+
+def test_an_exchange_that_closes_suspects_nobody(harness, tmp_path):
+    """The lease's thread says so once more if it happens to renew just then."""
+    harness.view(*(Silent(tmp_path, str(n)) for n in range(3)))
+    assert len(harness.exchange.suspects) == 3
+    harness.exchange.close()
+    assert harness.exchange.suspects == []
 
 
 def test_a_server_of_another_checkpoint_is_not_used(harness, servers, tmp_path):
