@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -72,8 +72,8 @@ def supervised(*commands: Command, policy: Policy = AT_ONCE) -> Iterator[Running
         yield running
     finally:
         for _ in range(2):
-            if running._thread.is_alive():
-                running._loop.call_soon_threadsafe(running.supervisor.stop)
+            with suppress(RuntimeError):  # the loop is closed
+                running.stop()
         running._thread.join(DEADLINE_S)
 
 

@@ -205,6 +205,7 @@ def test_waiting_for_an_expert_is_bounded(cluster, client):
     client.until_ended(len(PROMPTS))
     assert set(client.failures.values()) == {"no_replica"}
     assert len(client.failures) == len(PROMPTS)
+    wait_for(lambda: cluster.engine.queued == 0)
     cluster.engine._scheduler.check_integrity()
 
 
