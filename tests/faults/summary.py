@@ -13,7 +13,7 @@ CELL, GAP_S = "cell", "longest_gap_s"
 
 def text(reports: Iterable[Any]) -> str:
     """Of each cell the longest gap between two events of a stream in milliseconds, or that it failed."""
-    results: dict[Cell, str] = {}
+    results: dict[str, str] = {}  # by the name of the cell
     for report in reports:
         properties = dict(report.user_properties)
         if CELL in properties:
@@ -22,7 +22,7 @@ def text(reports: Iterable[Any]) -> str:
     lines = [f"{'longest gap after 1st token, ms':32}" + "".join(f"{when:>10}" for when in WHEN)]
     for who in WHO:
         for how in HOW:
-            row = [results.get(Cell(who, how, when), "") for when in WHEN]
+            row = [results.get(Cell(who, how, when).name, "") for when in WHEN]
             if any(row):
                 lines.append(f"{who + ': ' + how:32}" + "".join(f"{r:>10}" for r in row))
     return "\n".join(lines)

@@ -47,7 +47,7 @@ def arenas(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def test_cell(arenas: Arenas, cell: Cell, record_property: Callable[[str, object], None]) -> None:
-    record_property(CELL, cell)
+    record_property(CELL, cell.name)
     ends = launcher_end.concerns(cell)
     whole = False
     try:
