@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,11 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def serving(model: str, log: Path, flags: Sequence[str], ready_s: float) -> AsyncIterator[str]:
-    """Run ``moering serve`` on a free port until the block ends; yields its URL once /ready answers 200.
+async def serving(
+    model: str, log: Path, flags: Sequence[str], ready_s: float, *, replicated: bool = True
+) -> AsyncIterator[str]:
+    """Run ``moering serve`` on a free port until the block ends; yields its URL once every expert has all its replicas,
+    or, without `replicated`, once /ready answers 200.
 
     Its output goes to `log`. Raises `MoeringError` with the end of it when it does not get ready within `ready_s`.
     SIGTERM cancels the calling task, so that the cluster ends with the bench.
@@ -138,7 +141,9 @@ async def serving(model: str, log: Path, flags: Sequence[str], ready_s: float) -
     try:
         try:
             async with asyncio.timeout(ready_s):
-                await _wait_ready(url, launcher)
+                await _wait(url + "/ready", launcher)
+                if replicated:
+                    await _wait(url + "/admin/status", launcher, lambda status: status["under_target"] == 0)
         except (MoeringError, TimeoutError) as e:
             tail = log.read_text(errors="replace")[-2000:]
             raise MoeringError(f"moering serve did not get ready within {ready_s:.0f} s ({e}). {log}:\n{tail}") from e
@@ -159,14 +164,16 @@ async def found_or_started(
         yield started
 
 
-async def _wait_ready(url: str, launcher: subprocess.Popen[bytes]) -> None:
+async def _wait(
+    url: str, launcher: subprocess.Popen[bytes], enough: Callable[[Any], bool] = lambda answer: True
+) -> None:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
         while True:
             if launcher.poll() is not None:
                 raise MoeringError(f"it exited with status {launcher.returncode}")
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with session.get(url + "/ready") as response:
-                    if response.status == 200:
+                async with session.get(url) as response:
+                    if response.status == 200 and enough(await response.json()):
                         return
             await asyncio.sleep(0.1)
 

@@ -46,7 +46,9 @@ async def run(config: Config) -> Figures:
 
 async def _start(config: Config) -> dict[str, float]:
     started_s = time.perf_counter()
-    cluster = serving(config.model, Path(config.out, "cluster.log"), config.serve_flags, config.timeout)
+    cluster = serving(
+        config.model, Path(config.out, "cluster.log"), config.serve_flags, config.timeout, replicated=False
+    )
     async with cluster as url, new_session(config.timeout) as session:
         ready_s = time.perf_counter() - started_s
         model = await first_model(session, url)
