@@ -27,7 +27,7 @@ serve: $(SERVE_STAMP) ## set up and serve: make serve [PORT=8000] [MODEL=default
 test: check ## set up, then all checks and tests
 
 check: lint ## ruff, mypy, import-linter and pytest
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff, mypy and import-linter
 	$(BIN)/ruff check .

@@ -146,7 +146,9 @@ async def serving(
                     await _wait(url + "/admin/status", launcher, lambda status: status["under_target"] == 0)
         except (MoeringError, TimeoutError) as e:
             tail = log.read_text(errors="replace")[-2000:]
-            raise MoeringError(f"moering serve did not get ready within {ready_s:.0f} s ({e}). {log}:\n{tail}") from e
+            raise MoeringError(
+                f"moering serve did not get ready, with all replicas, within {ready_s:.0f} s ({e}). {log}:\n{tail}"
+            ) from e
         yield url
     finally:
         await asyncio.to_thread(stop, launcher)

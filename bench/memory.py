@@ -1,6 +1,6 @@
 """Memory of each process of a cluster against the bytes of its experts: ``python -m bench.memory --model default``.
 
-Measured when all expert servers are online and again after a load. That the router holds no expert shows in what it
+Measured when every expert has all its replicas and again after a load. That the router holds no expert shows in what it
 has read in its whole life: less than all weights but the experts' and what a Python process reads besides.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.client import new_session
-from bench.cluster import read_status, serving
+from bench.cluster import serving
 from bench.command import Figures, checkpoint_path, run_bench, verdict
 from bench.load import first_model
 from bench.process_memory import MB, bytes_read_by, memory_of
@@ -68,9 +68,6 @@ async def run(config: Config) -> Figures:
     sizes = Sizes.of(path)
     cluster = serving(config.model, Path(config.out, "cluster.log"), config.serve_flags, config.ready_timeout)
     async with cluster as url, new_session(config.timeout) as session:
-        async with asyncio.timeout(config.ready_timeout):
-            while not all(p.state == "ONLINE" for p in (await read_status(session, url)).processes.values()):
-                await asyncio.sleep(0.1)  # /ready needs one replica of each expert, not all
         when_ready = await asyncio.to_thread(_look, url, sizes)
         model = await first_model(session, url)
         lengths = Lengths(16, 64), Lengths(config.output_tokens, config.output_tokens)

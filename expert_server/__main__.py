@@ -1,8 +1,8 @@
 """`python -m expert_server`: joins a cluster, loads what the plan gives it, serves, and leaves on SIGTERM.
 
-Threads, in the order of their start: *connections*, *compute*, *lease*, *loader* for what comes later, and *join*. That
-one imports torch and loads the first experts on a thread of low priority, so that a joining process takes little from
-those that serve; unless it is to bring orphans, for which requests wait.
+Threads, in the order of their start: *connections*, *compute*, *lease* and *loader*. That one imports torch and loads
+the first experts on a thread of low priority, so that a joining process takes little from those that serve; unless it
+is to bring orphans, for which requests wait: then it joins with these. What comes later it loads itself.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ExpertServer:
         self.routers.start()
         self.service.start()
         self.lease.start()
-        threading.Thread(target=self._join_cluster, name="join", daemon=True).start()
+        threading.Thread(target=self._join_cluster, name="loader", daemon=True).start()
         self._stop.wait()
         self.lease.close(Leave(self.id, self.incarnation))
         self.service.close()

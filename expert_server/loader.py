@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ class Loader:
         self._server_id, self._load = server_id, load
         self._residency, self._report, self._announce, self._rest_s = residency, report, announce, rest_s
         self._view: View | None = None
+        self._hurries = False  # joined for orphans, and has not everything yet
         self._changed = threading.Condition()
 
     def view_changed(self, view: View) -> None:
@@ -58,7 +59,8 @@ class Loader:
 
         `online`: report on the way, since what is reported is used at once. A server that joins reports once. Where
         there are orphans, it loads only those that it is the first to bring: it is needed before it has everything.
-        There is no rest after an orphan. A view that does not know this server says nothing about what it should hold.
+        There is no rest after an orphan, nor, where a server joined for orphans, before it has everything. A view that
+        does not know this server says nothing about what it should hold.
         """
         if self._server_id not in view.servers:
             return True
@@ -69,20 +71,25 @@ class Loader:
         if held - wanted:
             logger.info("dropped %d experts", len(held - wanted))
             self._report()
-        all_now = online or not orphans
-        missing = _in_order(given, (wanted if all_now else given.first) - held)
+        if not online:
+            self._hurries = bool(orphans)
+        missing = _in_order(given, (wanted if online or not orphans else given.first) - held)
         if missing:
             logger.info("loading %d experts, %d of them orphans", len(missing), len(orphans & set(missing)))
-        return self._load_all(missing, given, online)
+        done = self._load_all(missing, given, online)
+        self._hurries &= not (online and done)
+        return done
 
     def _load_all(self, missing: list[Key], given: Targets, online: bool) -> bool:
         started = reported = shown = time.monotonic()
-        for n, key in enumerate(missing, 1):
+        for n in range(1, len(missing) + 1):
             newest = self._newest(given)
-            if newest.differs_from(given):
+            if newest.asks_for_more_than(given):
                 self._report()
                 return False
-            given = newest  # what was an orphan may be none any more
+            if newest is not given:  # what was an orphan may be none any more
+                given, missing[n - 1 :] = newest, _in_order(newest, missing[n - 1 :])
+            key = missing[n - 1]
             begun = time.monotonic()
             self._announce(missing[n - 1 :])
             try:
@@ -99,7 +106,7 @@ class Loader:
             if now - shown > PROGRESS_S:
                 logger.info("loaded %d of %d experts", n, len(missing))
                 shown = now
-            if n < len(missing) and key not in given.orphans:
+            if n < len(missing) and key not in given.orphans and not self._hurries:
                 self._rest(given, self._rest_s(now - begun))
         if missing:
             logger.info("loaded %d experts in %.1f s", len(missing), time.monotonic() - started)
@@ -113,7 +120,7 @@ class Loader:
     def _rest(self, given: Targets, seconds: float) -> None:
         """Wait, but no longer than until a newer view asks for something else."""
         with self._changed:
-            self._changed.wait_for(lambda: self._newest(given).differs_from(given), seconds)
+            self._changed.wait_for(lambda: self._newest(given).asks_for_more_than(given), seconds)
 
     def _newest(self, given: Targets) -> Targets:
         view = self._view
@@ -132,8 +139,8 @@ class Targets(NamedTuple):
         """What is to be loaded before what: 2, 1, 0."""
         return (key in self.orphans) + (key in self.first)
 
-    def differs_from(self, earlier: Targets) -> bool:
-        """Whether something else is to be loaded than by an earlier view, or something else first."""
+    def asks_for_more_than(self, earlier: Targets) -> bool:
+        """Whether other experts are wanted than by an earlier view, or more of them at once."""
         return self.wanted != earlier.wanted or not (self.orphans <= earlier.orphans and self.first <= earlier.first)
 
 
@@ -145,10 +152,10 @@ def targets(view: View, server_id: str) -> Targets:
     holds = np.frombuffer(view.target, "<i2").reshape(shape) == view.servers.index(server_id)
     nowhere = (np.frombuffer(view.routing, "<i2").reshape(shape) < 0).all(axis=2)
     wanted = holds.any(axis=2)
-    return Targets(view, _keys(wanted), _keys(wanted & nowhere), _keys(holds[:, :, 0] & nowhere))
+    return Targets(view, _keys(wanted), _keys(wanted & nowhere), _keys(holds[:, :, :1].any(axis=2) & nowhere))
 
 
-def _in_order(given: Targets, missing: Set[Key]) -> list[Key]:
+def _in_order(given: Targets, missing: Collection[Key]) -> list[Key]:
     """The most urgent first, then the most popular."""
     view = given.view
     ranks = view.popularity or bytes(view.layers * view.experts)

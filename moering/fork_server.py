@@ -9,7 +9,9 @@ the launcher and not of this process: it is an orphan for a moment, and orphans 
 *subreaper* (`prctl(2)`). So the launcher reaps it as it reaps the others, and this process may die without any harm.
 
 Requests come over the socket that is standard input here: a MessagePack list of command line and environment, with
-the file descriptors of the new process's output and of the launcher's pipe. The answer is the process id.
+three descriptors: for the new process's output, the launcher's pipe, and a pipe from which it reads one byte before it
+does anything. The answer is its process id, or why there is none. Whoever asked then gives the byte, or, when he has
+given up meanwhile, the end of the file: so a process runs once or not at all, whoever dies when.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import gc
 import importlib
 import os
 import runpy
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,14 +32,18 @@ from setproctitle import setproctitle
 from moering.process import LAUNCHER_FD, die_with_launcher
 
 PRELOADED = "torch"
+DESCRIPTORS = 3
 MAX_REQUEST_BYTES = 1 << 17
 """Below Linux's default limit of a message on a Unix socket, 212,992 bytes."""
-MAX_ANSWER_BYTES = 64
+MAX_ANSWER_BYTES = 1 << 10
+ROOM_FOR_TITLE = {"MOERING_ROOM": " " * 4096}
+"""To be in the environment of a fork server: the title of a forked process takes the place of that."""
+NO_BYTES = "surrogateescape"  # arguments and environment of any bytes are strings to Python in this way
 
 
 def encode_request(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
     """A request for the process `argv`, which is ``python … -m MODULE FLAGS…``. Raises OSError where it is too long."""
-    request: bytes = msgpack.packb([list(argv), dict(env)])
+    request: bytes = msgpack.packb([list(argv), dict(env)], unicode_errors=NO_BYTES)
     if len(request) > MAX_REQUEST_BYTES:
         raise OSError(f"command line and environment take {len(request)} bytes, more than {MAX_REQUEST_BYTES}")
     return request
@@ -45,55 +52,66 @@ def encode_request(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
 def main() -> None:
     """Serve until the launcher's end of the socket is closed. In each forked process: run what was asked for."""
     die_with_launcher()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would keep us from waiting for a child
     control = socket.socket(fileno=os.dup(0))
     try:
         importlib.import_module(PRELOADED)
     except ImportError as e:  # those who need it will say so
         sys.exit(f"fork server: {e}")
+    if len(os.listdir("/proc/self/task")) > 1:
+        sys.exit(f"fork server: importing {PRELOADED} starts threads here, so that it is not safe to fork")
     gc.collect()
     gc.freeze()  # so that the collectors of the forked do not write to what they share
     while True:
-        request, fds, *_ = socket.recv_fds(control, MAX_REQUEST_BYTES, 2)
+        request, fds, *_ = socket.recv_fds(control, MAX_REQUEST_BYTES, DESCRIPTORS)
         if not request:
             return
-        argv, env = msgpack.unpackb(request)
-        pid = _fork()
-        if pid == 0:
+        argv, env = msgpack.unpackb(request, unicode_errors=NO_BYTES)
+        answer: int | str
+        try:
+            answer = _fork()
+        except OSError as e:
+            answer = str(e)
+        if answer == 0:
             control.close()
-            _become(argv, env, *fds)
+            output, launcher, go = fds
+            if not os.read(go, 1):
+                os._exit(1)
+            os.close(go)
+            _become(argv, env, output, launcher)
         for fd in fds:
             os.close(fd)
-        control.send(msgpack.packb(pid))
+        control.send(msgpack.packb(answer))
 
 
 def _fork() -> int:
-    """The id of the new process; in that one 0, once it is the launcher's child."""
-    if len(os.listdir("/proc/self/task")) > 1:
-        sys.exit("fork server: there are other threads, it is not safe to fork")
-    pid_out, pid_in = os.pipe()
-    go_out, go_in = os.pipe()
+    """The id of the new process, which is the launcher's child; in that one 0. Raises OSError."""
+    told, tell = os.pipe()
     between = os.fork()
     if between == 0:
-        if os.fork():
-            os._exit(0)
-        os.close(go_in)
-        os.write(pid_in, msgpack.packb(os.getpid()))
-        os.read(go_out, 1)  # the end of file
-        for fd in (pid_out, pid_in, go_out):
-            os.close(fd)
+        try:
+            if os.fork():
+                os._exit(0)
+        except OSError:
+            os._exit(1)
+        os.write(tell, msgpack.packb(os.getpid()))
+        os.close(told)
+        os.close(tell)
         return 0
+    os.close(tell)
     os.waitpid(between, 0)
-    os.close(go_in)
-    pid: int = msgpack.unpackb(os.read(pid_out, MAX_ANSWER_BYTES))
-    for fd in (pid_out, pid_in, go_out):
-        os.close(fd)
+    answer = os.read(told, MAX_ANSWER_BYTES)
+    os.close(told)
+    if not answer:
+        raise OSError("no more processes")
+    pid: int = msgpack.unpackb(answer)
     return pid
 
 
 def _become(argv: Sequence[str], env: Mapping[str, str], output: int, launcher: int) -> NoReturn:
     os.setpgid(0, 0)
     # What `ps` shows, as if it had been started by this command. First of all: it goes where argv and environ are.
-    setproctitle(" ".join(argv))
+    setproctitle(" ".join([os.path.basename(argv[0]), *argv[1:]]))
     null = os.open(os.devnull, os.O_RDWR)
     for fd, standard in ((null, 0), (output, 1), (output, 2)):
         os.dup2(fd, standard)

@@ -9,20 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 
 import msgpack
 
 from moering import fork_server
-from moering.process import LAUNCHER_PID
+from moering.process import LAUNCHER_PID, python
 
-logger = logging.getLogger(__name__)
-
+ANSWER_S = 60.0
+"""For the import of PyTorch, too. One that takes longer, or has been stopped, is done without."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -58,46 +56,68 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The fork server, started when it is first needed, and again after its death. To be used on a running loop."""
+    """The fork server: started when it is first needed, and again after its death, unless it has never worked. To be
+    used on a running loop."""
 
     def __init__(self) -> None:
         self._asking = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._control: socket.socket | None = None
+        self._works: bool | None = None  # None until it has answered, or has failed to
 
     async def start(self, argv: Sequence[str], env: Mapping[str, str], output: int, launcher: int) -> ForkedProcess:
         """Start ``python … -m MODULE FLAGS…`` in a process group of its own, to print to the descriptor `output` and to
-        die with the pipe `launcher`. Raises OSError when it cannot be started so."""
+        die with the pipe `launcher`. Raises OSError when it cannot be started so: then it has not been started."""
         request = fork_server.encode_request(argv, env)
         async with self._asking:
-            control = self._control or await self._start_server()
+            if self._works is False:
+                raise OSError("there is no fork server")
+            go, let_go = os.pipe()
             try:
-                socket.send_fds(control, [request], [output, launcher])
-                answer = await asyncio.get_running_loop().sock_recv(control, fork_server.MAX_ANSWER_BYTES)
-                if not answer:
-                    raise OSError("the fork server is gone")
-                return ForkedProcess(msgpack.unpackb(answer))
+                async with asyncio.timeout(ANSWER_S):
+                    pid = await self._ask(request, [output, launcher, go])
+                process = ForkedProcess(pid)
+                os.write(let_go, b"1")
             except OSError:
+                self._works = bool(self._works)
                 await self._end_server()
                 raise
+            finally:
+                os.close(go)
+                os.close(let_go)
+            self._works = True
+            return process
+
+    def kill(self) -> None:
+        """From now on there is no fork server: a `start` that waits for it fails. What it has forked goes on."""
+        self._works = False
+        self._kill_process()
 
     async def close(self) -> None:
-        """End the fork server. What it has forked goes on."""
+        """`kill`, and wait for its end."""
+        self.kill()
         async with self._asking:
             await self._end_server()
         _set_subreaper(False)
+
+    async def _ask(self, request: bytes, fds: Sequence[int]) -> int:
+        control = self._control or await self._start_server()
+        socket.send_fds(control, [request], fds)
+        answer = await asyncio.get_running_loop().sock_recv(control, fork_server.MAX_ANSWER_BYTES)
+        pid: int | str = msgpack.unpackb(answer) if answer else "the fork server is gone"
+        if isinstance(pid, str):
+            raise OSError(pid)
+        return pid
 
     async def _start_server(self) -> socket.socket:
         _set_subreaper(True)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
+        # The pool of threads that numpy's OpenBLAS starts when it is loaded would be in the way of a fork.
+        own = {LAUNCHER_PID: str(os.getpid()), "OPENBLAS_NUM_THREADS": "1", **fork_server.ROOM_FOR_TITLE}
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-X", "faulthandler", "-m", "moering.fork_server"),
-                stdin=theirs.fileno(),
-                # The pool of threads that numpy's OpenBLAS starts when it is loaded would be in the way of a fork.
-                env={**os.environ, LAUNCHER_PID: str(os.getpid()), "OPENBLAS_NUM_THREADS": "1"},
-                process_group=0,
+                *python("moering.fork_server"), stdin=theirs.fileno(), env={**os.environ, **own}, process_group=0
             )
         return self._control
 
@@ -106,10 +126,14 @@ class ForkServer:
             self._control.close()
             self._control = None
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)  # its import of PyTorch may last
+            self._kill_process()
             await self._process.wait()
             self._process = None
+
+    def _kill_process(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
 
 def _set_subreaper(on: bool) -> None:

@@ -90,7 +90,10 @@ def _end_with_thread(args: threading.ExceptHookArgs) -> None:
 
 def end(status: int) -> NoReturn:
     """End this process at once, whatever its threads are at: one that comes back from torch while the interpreter ends
-    aborts the process."""
+    aborts the process.
+
+    A message that was sent just before may be lost: closing the service took long enough for a `Leave`.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -99,8 +102,13 @@ def end(status: int) -> NoReturn:
 
 def command_line(kind: str) -> list[str]:
     """How a process of a kind is started, without its flags."""
+    return python(MODULES[kind])
+
+
+def python(module: str) -> list[str]:
+    """How a module of ours is run."""
     # -P: a directory called `router` where the user stands must not be taken for ours. A native crash says where.
-    return [sys.executable, "-P", "-X", "faulthandler", "-m", MODULES[kind]]
+    return [sys.executable, "-P", "-X", "faulthandler", "-m", module]
 
 
 def incarnation() -> int:

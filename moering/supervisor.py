@@ -40,7 +40,10 @@ class Command:
     argv: Callable[[int], Sequence[str]]
     fds: tuple[int, ...] = ()  # file descriptors that the process inherits
     env: Mapping[str, str] = field(default_factory=dict)  # in addition to the launcher's own
-    preload: bool = False  # started by fork from a process that has imported PyTorch; inherits no `fds`
+    preload: bool = False  # to be forked from a process that has imported PyTorch
+
+    def __post_init__(self) -> None:
+        assert not (self.preload and self.fds), "what is forked inherits no descriptors"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class StartFailed(MoeringError):
 class _Child:
     command: Command
     process: asyncio.subprocess.Process | ForkedProcess | None = None
+    started_s: float = 0.0  # time.monotonic()
     deaths: int = 0  # in a row
     was_ready: bool = False
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -183,6 +187,7 @@ class Supervisor:
 
     def _kill(self) -> None:
         self._ending = True
+        self._fork_server.kill()
         for child in self._children.values():
             child.stopping.set()
             child.signal(signal.SIGKILL)
@@ -199,14 +204,13 @@ class Supervisor:
 
     async def _supervise(self, child: _Child) -> None:
         while not child.stopping.is_set():
-            started = time.monotonic()
             exit = await self._run_once(child)
-            if child.stopping.is_set():
+            if exit is None or child.stopping.is_set():
                 return
             if child.command.id in self._retired:
                 logger.info("%s; it is not started again", exit)
                 return
-            lived_s = time.monotonic() - started
+            lived_s = time.monotonic() - child.started_s
             orderly = exit.code == 0 and lived_s >= self._policy.orderly_s
             child.deaths = 1 if orderly or lived_s >= self._policy.healthy_s else child.deaths + 1
             self._give_up_if_hopeless(child, exit)
@@ -215,14 +219,17 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(child.stopping.wait(), delay_s)
 
-    async def _run_once(self, child: _Child) -> Exit:
-        """Start the child, pass on what it prints, and reap it."""
+    async def _run_once(self, child: _Child) -> Exit | None:
+        """Start the child, pass on what it prints, and reap it. None if it was to stop before it could be started."""
         output, output_end = os.pipe()
         printing = asyncio.create_task(_pass_on(output, child.tail))
         try:
             process = await self._spawn(child, output_end)
         finally:
             os.close(output_end)
+        if process is None:
+            printing.cancel()
+            return None
         exit = Exit(child.command, process.pid, await process.wait())
         self._on_exit(exit)
         # Its last lines; not for ever, since a process that it left behind may hold the pipe open.
@@ -230,7 +237,7 @@ class Supervisor:
         printing.cancel()
         return exit
 
-    async def _spawn(self, child: _Child, output: int) -> asyncio.subprocess.Process | ForkedProcess:
+    async def _spawn(self, child: _Child, output: int) -> asyncio.subprocess.Process | ForkedProcess | None:
         command = child.command
         argv = command.argv(self._starts[command.id])
         self._starts[command.id] += 1
@@ -241,6 +248,8 @@ class Supervisor:
             try:
                 child.process = await self._fork_server.start(argv, env, output, self._launcher_fd)
             except OSError as e:
+                if child.stopping.is_set():
+                    return None
                 logger.warning("cannot fork %s (%s): starting it by itself", command.id, e)
         if child.process is None:
             child.process = await asyncio.create_subprocess_exec(
@@ -252,6 +261,7 @@ class Supervisor:
                 pass_fds=[self._launcher_fd, *command.fds],
                 process_group=0,
             )
+        child.started_s = time.monotonic()
         logger.info("started %s (pid %d)", command.id, child.process.pid)
         if child.stopping.is_set():  # asked for while the process was being started
             child.signal(signal.SIGKILL if self._ending else signal.SIGTERM)
@@ -267,6 +277,7 @@ class Supervisor:
 
     async def _stop_in_order(self) -> None:
         await self._stop_requested.wait()
+        self._fork_server.kill()  # it may be importing yet, and who waits for it shall not
         for kind in self._stop_order:
             children = [c for c in self._children.values() if c.command.kind == kind]
             stage = [(c, self._tasks[c.command.id]) for c in children]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-PROCESSES = ("compose", "elastic", "faults", "hosts", "integration", "membership_etcd")
-"""Tests of whole clusters: one at a time, as each takes both cores at times."""
+CLUSTERS = ("compose", "elastic", "faults", "hosts", "integration", "membership_etcd")
+"""Directories with tests of whole clusters: one at a time, as each takes both cores at times."""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """All tests of whole clusters to one worker, those of any other file to one worker as well."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        path = item.path.relative_to(Path(__file__).parent)
-        group = "processes" if path.parts[0] in PROCESSES else str(path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Groups(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "clusters" if file.split("/")[1] in CLUSTERS else file
+
+    return Groups(config, log)

@@ -105,6 +105,31 @@ def test_a_server_becomes_first_when_the_one_before_it_dies():
     assert f.loaded == [(0, 0), (0, 2), (0, 1)]
 
 
+def test_an_orphan_does_not_wait_for_what_is_none_any_more():
+    f, mine = Fixture(), {(0, 0), (0, 1), (0, 2)}
+    f.on_load = lambda key: f.loader.view_changed(view(mine, routed=[(0, 1)], epoch=2, second=[(0, 1), (0, 2)]))
+    assert f.follow(view(mine, second=[(0, 1), (0, 2)]))
+    assert f.loaded == [(0, 0), (0, 2), (0, 1)]
+    assert f.rests == []
+
+
+def test_a_server_that_joined_for_orphans_rests_once_it_has_everything():
+    f, mine = Fixture(), {(0, 0), (0, 1), (0, 2)}
+    v = view(mine, routed=[(0, 1), (0, 2)])
+    assert f.loader.reconcile(v, online=False)
+    assert f.follow(v)
+    assert (f.loaded, f.rests) == ([(0, 0), (0, 1), (0, 2)], [])
+    more = mine | {(1, 0), (1, 1)}
+    assert f.follow(view(more, routed=more, epoch=2))
+    assert f.rests == [4]
+
+
+def test_a_server_that_is_first_for_no_orphan_joins_with_nothing():
+    f = Fixture()
+    assert f.loader.reconcile(view({(0, 0), (0, 1)}, routed=[(0, 0)], second=[(0, 1)]), online=False)
+    assert f.loaded == []
+
+
 def test_what_another_server_has_brought_meanwhile_is_loaded_at_leisure():
     f, mine = Fixture(), {(0, 0), (0, 1), (0, 2)}
     f.on_load = lambda key: f.loader.view_changed(view(mine, routed=[(0, 1), (0, 2)], epoch=2, second=[(0, 1), (0, 2)]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moering.forking import ForkedProcess
 from moering.supervisor import StartFailed
 from tests.moering.stubs import DEADLINE_S, ROOT, Mailbox, stub
 from tests.moering.test_supervisor import supervised
@@ -41,7 +42,7 @@ def test_a_forked_process_is_a_child_like_any_other(mailbox: Mailbox) -> None:
             assert is_preloaded(pid)
             assert process.ppid() == os.getpid()
             assert os.getpgid(pid) == pid
-            assert " ".join(process.cmdline()).strip() == " ".join(command.argv(start))
+            assert " ".join(process.cmdline()).strip() == " ".join(["python", *command.argv(start)[1:]])
             if start == 0:
                 os.kill(pid, signal.SIGKILL)
                 exit = running.exits.get(timeout=DEADLINE_S)
@@ -72,3 +73,55 @@ def test_without_its_fork_server_a_process_starts_by_itself(mailbox: Mailbox) ->
             os.kill(pid, signal.SIGKILL)
             assert running.exits.get(timeout=DEADLINE_S).code == -signal.SIGKILL
     assert preloaded == [True, False, True]
+
+
+def test_a_process_whose_start_was_given_up_does_not_run(mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fork has happened, but the launcher fails to take it on: there must not be a second one beside it."""
+
+    def fail(self: ForkedProcess, pid: int) -> None:
+        forked.append(pid)
+        raise OSError("no descriptors")
+
+    forked: list[int] = []
+    monkeypatch.setattr(ForkedProcess, "__init__", fail)
+    with supervised(stub(mailbox.directory, "a", preload=True)) as running:
+        _, pid = mailbox.started()["a"]
+        assert os.waitstatus_to_exitcode(os.waitpid(forked[0], 0)[1]) == 1
+        assert pid != forked[0]
+        running.stop()
+        running.join()
+    assert mailbox.rest() == [("a", "told to stop"), ("a", "ends")]
+
+
+def test_a_fork_server_that_fails_once_without_having_worked_is_done_without(
+    mailbox: Mailbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text(
+        f"open({str(tmp_path / 'imports')!r}, 'a').write('x')\nraise ImportError('none')"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    with supervised(stub(mailbox.directory, "a", preload=True)) as running:
+        for _ in range(2):
+            os.kill(mailbox.started()["a"][1], signal.SIGKILL)
+            running.exits.get(timeout=DEADLINE_S)
+        mailbox.started()
+    assert (tmp_path / "imports").read_text() == "x"
+
+
+def test_a_stop_does_not_wait_for_the_import(mailbox: Mailbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "importing")
+    (tmp_path / "torch.py").write_text(
+        f"open({str(tmp_path / 'importing')!r}, 'w').close()\nimport signal; signal.pause()"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    with supervised(stub(mailbox.directory, "a", preload=True)) as running:
+        (tmp_path / "importing").read_text()  # returns once it imports
+        running.stop()
+        running.join()
+    assert mailbox.rest() == []
+
+
+def test_arguments_and_environment_may_be_any_bytes(mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOERING_TEST", os.fsdecode(b"caf\xe9"))
+    with supervised(stub(mailbox.directory, "a", preload=True)):
+        assert is_preloaded(mailbox.started()["a"][1])

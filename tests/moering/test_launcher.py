@@ -126,6 +126,13 @@ def test_each_process_gets_its_flags() -> None:
     assert argv(config, "gateway-0") == ["gateway", *join, "--id", "gateway-0", *http, "--queue=7"]
 
 
+@pytest.mark.parametrize(("flags", "forked"), [({}, True), ({"preload": False}, False), ({"device": "cuda"}, False)])
+def test_who_computes_on_cpus_is_forked_from_a_process_with_pytorch(flags: dict[str, Any], forked: bool) -> None:
+    commands = Commands(Config(**flags), Path("/models/m"), Path("/run/r")).initial()
+    expected = {"router", "expert-server"} if forked and sys.platform == "linux" else set()
+    assert {c.kind for c in commands if c.preload} == expected
+
+
 def test_expert_servers_are_put_into_the_zones_in_turn() -> None:
     config = Config(expert_servers=3, zones=("a", "b"))
     assert [argv(config, f"expert-{i}")[-2:] for i in range(3)] == [["--zone", z] for z in "aba"]

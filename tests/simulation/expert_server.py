@@ -109,12 +109,14 @@ class ExpertServer(Member):
         now = given.wanted if online or not given.orphans else given.first
         missing = sorted(now - held, key=lambda key: (-given.urgency(key), key))
         reported_s = self.world.now_s
-        for n, key in enumerate(missing, 1):
+        for n in range(1, len(missing) + 1):
             newest = targets(self.view, self.name)
-            if newest.differs_from(given):
+            if newest.asks_for_more_than(given):
                 self._report()
                 return False
             given = newest
+            missing[n - 1 :] = sorted(missing[n - 1 :], key=lambda key: (-given.urgency(key), key))
+            key = missing[n - 1]
             load_s = self.cluster.load_s()
             yield load_s
             layer, expert = key
