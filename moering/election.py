@@ -27,7 +27,7 @@ from zlib import error as ZlibError
 from moering import protocol
 from moering.admission import read_view
 from moering.errors import ProtocolError
-from moering.etcd import Cluster, Entry, Etcd, EtcdError, created_at, get, modified_at, put
+from moering.etcd import Cluster, Entry, Etcd, EtcdError, Map, created_at, modified_at, put
 from moering.loop_thread import LoopThread
 from moering.office import Deposed, Elected, Event, Published
 from moering.protocol import MemberInfo, View
@@ -107,18 +107,19 @@ class Election:
         """Wait until the office is vacant, and take it. Raises `EtcdError`; what it began then lapses by its lease."""
         known: bytes | None = None
         while True:
-            now = await etcd.transact([], [get(self._leader), get(self._term), get(self._plan)])
-            leader, counter, plan = now.entries
+            leader, revision = await etcd.read(self._leader)
             if leader is not None:
                 if leader.value != known:
                     logger.info("the elected coordinator is %s; waiting for its end", leader.value.decode())
                 known = leader.value
-                await etcd.wait_for_change(self._leader, now.revision + 1, LOOK_S)
+                await etcd.wait_for_change(self._leader, revision + 1, LOOK_S)
                 continue
+            counter, _ = await etcd.read(self._term)
+            plan, _ = await etcd.read(self._plan)
             term = 1 + (int(counter.value) if counter else 0)
             lease = await etcd.grant(self._ttl_s)
             won = await etcd.transact(
-                [created_at(self._leader, 0), modified_at(self._term, counter.modified if counter else 0)],
+                [created_at(self._leader, 0), _as_read(self._term, counter), _as_read(self._plan, plan)],
                 [put(self._leader, self._describe(term), lease), put(self._term, str(term).encode())],
             )
             if won.succeeded:
@@ -138,7 +139,7 @@ class Election:
             try:
                 if not await etcd.keep_alive(office.lease):
                     return "its lease in etcd has lapsed"
-                (leader,) = (await etcd.transact([], [get(self._leader)])).entries
+                leader, _ = await etcd.read(self._leader)
             except EtcdError as e:
                 self._trouble(e, "nothing is published until it does, and all go on with the last view")
                 continue
@@ -178,6 +179,11 @@ class Election:
         if not self._troubled:
             logger.warning("etcd does not answer (%s): %s", error, consequence)
         self._troubled = True
+
+
+def _as_read(key: str, entry: Entry | None) -> Map:
+    """The condition that nobody has written `key` since `entry` was read."""
+    return modified_at(key, 0 if entry is None else entry.modified)
 
 
 async def _first(*coroutines: Coroutine[Any, Any, Any]) -> Any:

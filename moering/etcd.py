@@ -1,4 +1,4 @@
-"""What moering asks of etcd (3.4 or later): transactions over a few keys, leases, and a doorbell for one key.
+"""What moering asks of etcd (3.4 or later): one key's value, transactions, leases, and a doorbell for one key.
 
 It speaks etcd's own JSON gateway with aiohttp, which the gateway process needs anyway; no gRPC, no protobuf. Numbers
 travel as strings there, keys and values in base64, and fields that are zero or false are left out.
@@ -66,11 +66,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Whether the conditions of a transaction held, the revision after it, and what its reads found, in their order."""
+    """Whether the conditions of a transaction held, and the revision of the store after it."""
 
     succeeded: bool
     revision: int
-    entries: list[Entry | None]
 
 
 def created_at(key: str, revision: int) -> Map:
@@ -81,11 +80,6 @@ def created_at(key: str, revision: int) -> Map:
 def modified_at(key: str, revision: int) -> Map:
     """The condition that `key` was last written at `revision`; 0: that it does not exist."""
     return {"key": _text(key), "target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}
-
-
-def get(key: str) -> Map:
-    """The operation that reads `key`."""
-    return {"request_range": {"key": _text(key)}}
 
 
 def put(key: str, value: bytes, lease: int = 0) -> Map:
@@ -107,13 +101,20 @@ class Etcd:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def transact(self, conditions: Sequence[Map], then: Sequence[Map]) -> Outcome:
-        """Do all of `then` if all conditions hold, else nothing."""
-        answer = await self._call("kv/txn", {"compare": conditions, "success": then})
+    async def read(self, key: str) -> tuple[Entry | None, int]:
+        """What `key` is, None if it does not exist, and the revision of the store as of which that is so."""
+        # Never a transaction that only reads: etcd before 3.5.5 panics when its client goes away meanwhile, as one does
+        # that waits no longer or ends (https://github.com/etcd-io/etcd/issues/14110).
+        answer = await self._call("kv/range", {"key": _text(key)})
         with _understood(answer):
-            reads = [r["response_range"] for r in answer.get("responses", ()) if "response_range" in r]
-            entries = [_entry(r["kvs"][0]) if r.get("kvs") else None for r in reads]
-            return Outcome(bool(answer.get("succeeded")), int(answer["header"]["revision"]), entries)
+            entry = _entry(answer["kvs"][0]) if answer.get("kvs") else None
+            return entry, int(answer["header"]["revision"])
+
+    async def transact(self, conditions: Sequence[Map], writes: Sequence[Map]) -> Outcome:
+        """Do all of `writes` if all conditions hold, else nothing."""
+        answer = await self._call("kv/txn", {"compare": conditions, "success": writes})
+        with _understood(answer):
+            return Outcome(bool(answer.get("succeeded")), int(answer["header"]["revision"]))
 
     async def grant(self, ttl_s: int) -> int:
         """A new lease. etcd gives at least 2 s."""

@@ -100,16 +100,16 @@ class LeaderWatch:
         self._thread.close()
 
     async def _follow(self) -> None:
-        from moering.etcd import Etcd, EtcdError, get
+        from moering.etcd import Etcd, EtcdError
 
         key, answering = self._cluster.key("leader"), True
         async with Etcd(self._cluster.nodes) as etcd:
             while True:
                 try:
-                    now = await etcd.transact([], [get(key)])
-                    self._take(now.entries[0])
+                    leader, revision = await etcd.read(key)
+                    self._take(leader)
                     answering = True
-                    await etcd.wait_for_change(key, now.revision + 1, LOOK_S)
+                    await etcd.wait_for_change(key, revision + 1, LOOK_S)
                 except EtcdError as e:
                     if answering:
                         logger.warning("etcd does not answer (%s); staying with the coordinator at hand", e)
