@@ -103,7 +103,7 @@ async def read_events(session: aiohttp.ClientSession, url: str, since_s: float) 
 def kill(process: Process) -> float:
     """SIGKILL one process of this machine and return when. Raises `MoeringError` when its pid is not of its kind."""
     try:
-        command = Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        command = command_of(process.pid)
     except OSError as e:
         raise MoeringError(f"{process.id}: there is no process {process.pid} on this machine") from e
     if _COMMAND[process.kind] not in command:
@@ -111,6 +111,11 @@ def kill(process: Process) -> float:
     at_s = time.perf_counter()
     os.kill(process.pid, signal.SIGKILL)
     return at_s
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process of this machine; raises OSError. Of forked ones it has no ends of arguments."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
 
 
 def free_port() -> int:
@@ -146,9 +151,8 @@ async def serving(
                     await _wait(url + "/admin/status", launcher, lambda status: status["under_target"] == 0)
         except (MoeringError, TimeoutError) as e:
             tail = log.read_text(errors="replace")[-2000:]
-            raise MoeringError(
-                f"moering serve did not get ready, with all replicas, within {ready_s:.0f} s ({e}). {log}:\n{tail}"
-            ) from e
+            what = "ready with all replicas" if replicated else "ready"
+            raise MoeringError(f"moering serve did not get {what} within {ready_s:.0f} s ({e}). {log}:\n{tail}") from e
         yield url
     finally:
         await asyncio.to_thread(stop, launcher)

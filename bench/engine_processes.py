@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cluster import stop
+from bench.cluster import command_of, stop
 from bench.engine_client import first_router
 from moering.commands import VISIBLE_GPUS
 from moering.errors import MoeringError
@@ -74,5 +74,5 @@ def _wait_until_bound(process: subprocess.Popen[bytes], address: str, log: Path)
 async def coordinator_address(url: str) -> str:
     """Where further members of the cluster behind `url` join: what its router was told."""
     pid = (await first_router(url))["pid"]
-    argv = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().split()
+    argv = command_of(pid).split()
     return argv[argv.index("--join") + 1]

@@ -73,11 +73,12 @@ class Loader:
             self._report()
         if not online:
             self._hurries = bool(orphans)
-        missing = _in_order(given, (wanted if online or not orphans else given.first) - held)
+        missing = given.in_order(given.needed(online) - held)
         if missing:
             logger.info("loading %d experts, %d of them orphans", len(missing), len(orphans & set(missing)))
         done = self._load_all(missing, given, online)
-        self._hurries &= not (online and done)
+        if online and done:
+            self._hurries = False
         return done
 
     def _load_all(self, missing: list[Key], given: Targets, online: bool) -> bool:
@@ -88,7 +89,7 @@ class Loader:
                 self._report()
                 return False
             if newest is not given:  # what was an orphan may be none any more
-                given, missing[n - 1 :] = newest, _in_order(newest, missing[n - 1 :])
+                given, missing[n - 1 :] = newest, newest.in_order(missing[n - 1 :])
             key = missing[n - 1]
             begun = time.monotonic()
             self._announce(missing[n - 1 :])
@@ -139,6 +140,16 @@ class Targets(NamedTuple):
         """What is to be loaded before what: 2, 1, 0."""
         return (key in self.orphans) + (key in self.first)
 
+    def needed(self, online: bool) -> set[Key]:
+        """What to load now: where there are orphans, a server that joins begins with those that it is first for."""
+        return self.wanted if online or not self.orphans else self.first
+
+    def in_order(self, keys: Collection[Key]) -> list[Key]:
+        """The most urgent first, then the most popular."""
+        view = self.view
+        ranks = view.popularity or bytes(view.layers * view.experts)
+        return sorted(keys, key=lambda key: (-self.urgency(key), -ranks[key[0] * view.experts + key[1]], key))
+
     def asks_for_more_than(self, earlier: Targets) -> bool:
         """Whether other experts are wanted than by an earlier view, or more of them at once."""
         return self.wanted != earlier.wanted or not (self.orphans <= earlier.orphans and self.first <= earlier.first)
@@ -153,13 +164,6 @@ def targets(view: View, server_id: str) -> Targets:
     nowhere = (np.frombuffer(view.routing, "<i2").reshape(shape) < 0).all(axis=2)
     wanted = holds.any(axis=2)
     return Targets(view, _keys(wanted), _keys(wanted & nowhere), _keys(holds[:, :, :1].any(axis=2) & nowhere))
-
-
-def _in_order(given: Targets, missing: Collection[Key]) -> list[Key]:
-    """The most urgent first, then the most popular."""
-    view = given.view
-    ranks = view.popularity or bytes(view.layers * view.experts)
-    return sorted(missing, key=lambda key: (-given.urgency(key), -ranks[key[0] * view.experts + key[1]], key))
 
 
 def _keys(mask: np.ndarray) -> set[Key]:

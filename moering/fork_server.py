@@ -38,12 +38,12 @@ MAX_REQUEST_BYTES = 1 << 17
 MAX_ANSWER_BYTES = 1 << 10
 ROOM_FOR_TITLE = {"MOERING_ROOM": " " * 4096}
 """To be in the environment of a fork server: the title of a forked process takes the place of that."""
-NO_BYTES = "surrogateescape"  # arguments and environment of any bytes are strings to Python in this way
+ANY_BYTES = "surrogateescape"  # arguments and environment of any bytes are strings to Python in this way
 
 
 def encode_request(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
     """A request for the process `argv`, which is ``python … -m MODULE FLAGS…``. Raises OSError where it is too long."""
-    request: bytes = msgpack.packb([list(argv), dict(env)], unicode_errors=NO_BYTES)
+    request: bytes = msgpack.packb([list(argv), dict(env)], unicode_errors=ANY_BYTES)
     if len(request) > MAX_REQUEST_BYTES:
         raise OSError(f"command line and environment take {len(request)} bytes, more than {MAX_REQUEST_BYTES}")
     return request
@@ -66,7 +66,7 @@ def main() -> None:
         request, fds, *_ = socket.recv_fds(control, MAX_REQUEST_BYTES, DESCRIPTORS)
         if not request:
             return
-        argv, env = msgpack.unpackb(request, unicode_errors=NO_BYTES)
+        argv, env = msgpack.unpackb(request, unicode_errors=ANY_BYTES)
         answer: int | str
         try:
             answer = _fork()

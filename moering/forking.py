@@ -55,6 +55,14 @@ class ForkedProcess:
         self._ended.set_result(self.returncode)
 
 
+def send_signal(process: asyncio.subprocess.Process | ForkedProcess | None, number: int) -> None:
+    """Signal a child that has not been reaped; nothing happens where there is none."""
+    if process is not None and process.returncode is None:
+        # Not asyncio's own: it polls first, and may so take the exit status that asyncio's waiter waits for.
+        with contextlib.suppress(ProcessLookupError):  # it ended a moment ago; that has not reached the loop yet
+            os.kill(process.pid, number)
+
+
 class ForkServer:
     """The fork server: started when it is first needed, and again after its death, unless it has never worked. To be
     used on a running loop."""
@@ -91,7 +99,7 @@ class ForkServer:
     def kill(self) -> None:
         """From now on there is no fork server: a `start` that waits for it fails. What it has forked goes on."""
         self._works = False
-        self._kill_process()
+        send_signal(self._process, signal.SIGKILL)
 
     async def close(self) -> None:
         """`kill`, and wait for its end."""
@@ -126,14 +134,9 @@ class ForkServer:
             self._control.close()
             self._control = None
         if self._process is not None:
-            self._kill_process()
+            send_signal(self._process, signal.SIGKILL)
             await self._process.wait()
             self._process = None
-
-    def _kill_process(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)
 
 
 def _set_subreaper(on: bool) -> None:

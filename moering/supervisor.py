@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moering.errors import MoeringError
-from moering.forking import ForkedProcess, ForkServer
+from moering.forking import ForkedProcess, ForkServer, send_signal
 from moering.process import LAUNCHER_FD, LAUNCHER_PID
 
 logger = logging.getLogger(__name__)
@@ -91,10 +91,7 @@ class _Child:
     tail: deque[bytes] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
 
     def signal(self, number: int) -> None:
-        if self.process is not None and self.process.returncode is None:
-            # Not `send_signal`: it polls first, and may so take the exit status that asyncio's own waiter waits for.
-            with contextlib.suppress(ProcessLookupError):  # it ended a moment ago; that has not reached the loop yet
-                os.kill(self.process.pid, number)
+        send_signal(self.process, number)
 
 
 class Supervisor:

@@ -106,8 +106,7 @@ class ExpertServer(Member):
             self.residency.drop(key)
         if held - given.wanted:
             self._report()
-        now = given.wanted if online or not given.orphans else given.first
-        missing = sorted(now - held, key=lambda key: (-given.urgency(key), key))
+        missing = given.in_order(given.needed(online) - held)
         reported_s = self.world.now_s
         for n in range(1, len(missing) + 1):
             newest = targets(self.view, self.name)
@@ -115,7 +114,7 @@ class ExpertServer(Member):
                 self._report()
                 return False
             given = newest
-            missing[n - 1 :] = sorted(missing[n - 1 :], key=lambda key: (-given.urgency(key), key))
+            missing[n - 1 :] = given.in_order(missing[n - 1 :])
             key = missing[n - 1]
             load_s = self.cluster.load_s()
             yield load_s
