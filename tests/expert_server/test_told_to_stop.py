@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from expert_server import __main__ as product
 from expert_server.__main__ import ExpertServer
 from expert_server.config import Config
 from moering.protocol import MemberInfo, View
-from tests.integration.cluster import wait_for
+from tests.integration.cluster import REPO, wait_for
 from tests.moering.stubs import DEADLINE_S
 from tests.tiny import write_checkpoint
 
@@ -92,7 +91,5 @@ runpy.run_module("expert_server", run_name="__main__")
 
 def test_a_process_that_ends_while_it_loads_ends_with_its_own_status():
     argv, env = [sys.executable, "-c", ENDS_WHILE_LOADING], os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        argv, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=env, timeout=DEADLINE_S, check=False
-    )
+    ended = subprocess.run(argv, capture_output=True, text=True, cwd=REPO, env=env, timeout=DEADLINE_S, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -12,13 +12,12 @@ from pathlib import Path
 from moering.supervisor import Command
 
 DEADLINE_S = 60.0
-ROOT = Path(__file__).parents[2]
 
 
 def stub(
     directory: Path, server_id: str, kind: str = "", behaviour: str = "serve", *, preload: bool = False
 ) -> Command:
-    """A command whose process reports to the `Mailbox` of `directory`. With `preload`, PYTHONPATH must name `ROOT`."""
+    """A command whose process reports to the `Mailbox` of `directory`. With `preload`, PYTHONPATH must name `REPO`."""
     module = [sys.executable, "-m", "tests.moering.stub_process", server_id]
 
     def argv(start: int) -> list[str]:

@@ -12,7 +12,8 @@ import pytest
 
 from moering.forking import ForkedProcess
 from moering.supervisor import StartFailed
-from tests.moering.stubs import DEADLINE_S, ROOT, Mailbox, stub
+from tests.integration.cluster import REPO
+from tests.moering.stubs import DEADLINE_S, Mailbox, stub
 from tests.moering.test_supervisor import supervised
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux 
 
 @pytest.fixture(autouse=True)
 def stubs_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
 
 
 def is_preloaded(pid: int) -> bool:
@@ -99,7 +100,7 @@ def test_a_fork_server_that_fails_once_without_having_worked_is_done_without(
     (tmp_path / "torch.py").write_text(
         f"open({str(tmp_path / 'imports')!r}, 'a').write('x')\nraise ImportError('none')"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPO}")
     with supervised(stub(mailbox.directory, "a", preload=True)) as running:
         for _ in range(2):
             os.kill(mailbox.started()["a"][1], signal.SIGKILL)
@@ -113,7 +114,7 @@ def test_a_stop_does_not_wait_for_the_import(mailbox: Mailbox, tmp_path: Path, m
     (tmp_path / "torch.py").write_text(
         f"open({str(tmp_path / 'importing')!r}, 'w').close()\nimport signal; signal.pause()"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPO}")
     with supervised(stub(mailbox.directory, "a", preload=True)) as running:
         (tmp_path / "importing").read_text()  # returns once it imports
         running.stop()

@@ -19,7 +19,8 @@ from moering.commands import Commands
 from moering.errors import ConfigError
 from moering.launcher import STOP_ORDER, Config
 from moering.process import command_line
-from tests.moering.stubs import DEADLINE_S, ROOT, Mailbox
+from tests.integration.cluster import REPO
+from tests.moering.stubs import DEADLINE_S, Mailbox
 from tests.ports import free_port
 
 IDS = [f"{kind}-0" for kind in STOP_ORDER]
@@ -94,7 +95,7 @@ def test_a_proven_exit_goes_to_the_coordinator(launched: Launched, mailbox: Mail
 # A process that is inside native code and keeps the interpreter lock cannot act on anything itself: Linux ends it.
 @pytest.mark.parametrize("behaviour", ["serve", "wedged", "wedged preload"] if sys.platform == "linux" else ["serve"])
 def test_a_killed_launcher_leaves_no_process(mailbox: Mailbox, behaviour: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
     launched = Launched(mailbox, *behaviour.split())
     try:
         launched.process.kill()
