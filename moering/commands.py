@@ -33,7 +33,7 @@ class Commands:
         """`http_fd`: the listening socket that all gateways share."""
         self._config, self._checkpoint, self._run_directory, self._http_fd = config, checkpoint, run_directory, http_fd
         self._device = [] if config.device == "cpu" else ["--device", config.device]
-        self._preload = config.preload and config.device == "cpu" and can_fork()  # not tried on a GPU
+        self._preload = config.preload and can_fork()
         self._elected = config.membership != EMBEDDED
         gpus, routers = config.gpus, config.routers
         # with GPUs for all, routers and expert servers have none in common

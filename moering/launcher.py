@@ -61,9 +61,7 @@ class Config:
     gpus: tuple[str, ...] = option(
         (), "with --device cuda: GPUs, as 0,1,2: routers get the first, expert servers the rest"
     )
-    preload: bool = option(
-        True, "fork routers and expert servers from a process that has imported PyTorch (Linux, cpu)"
-    )
+    preload: bool = option(True, "fork routers and expert servers from a process that has imported PyTorch (Linux)")
     coordinator_args: str = option("", "further flags of the coordinator, in one string")
     expert_server_args: str = option("", "further flags of each expert server")
     router_args: str = option("", "further flags of each router")

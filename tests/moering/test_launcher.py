@@ -127,7 +127,7 @@ def test_each_process_gets_its_flags() -> None:
     assert argv(config, "gateway-0") == ["gateway", *join, "--id", "gateway-0", *http, "--queue=7"]
 
 
-@pytest.mark.parametrize(("flags", "forked"), [({}, True), ({"preload": False}, False), ({"device": "cuda"}, False)])
+@pytest.mark.parametrize(("flags", "forked"), [({}, True), ({"preload": False}, False), ({"device": "cuda"}, True)])
 def test_who_computes_on_cpus_is_forked_from_a_process_with_pytorch(flags: dict[str, Any], forked: bool) -> None:
     commands = Commands(Config(**flags), Path("/models/m"), Path("/run/r")).initial()
     expected = {"router", "expert-server"} if forked and sys.platform == "linux" else set()
