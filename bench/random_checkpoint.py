@@ -2,7 +2,8 @@
 
 Hugging Face layout, with a tokenizer. All experts are different and weigh as much as the residual stream, so that a row
 sent to the wrong expert, or left out, shows in the logits. There is one shard per layer, so that memory holds `jobs`
-layers at a time.
+layers at a time. With ``--dtype fp8`` it is like the hub's fp8 checkpoints: linear layers but gates and head in blocks
+of 128 x 128 with bf16 scales, all else bf16.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from tqdm import tqdm
 
 from moering.config import option, parse
 from moering.errors import ConfigError, MoeringError
+from moering.quantization import BLOCK, FP8, scale_name, scale_shape
 
 Maker = Callable[[np.random.Generator], np.ndarray]
-_STORED = {"float16": "F16", "bfloat16": "BF16"}
+Stored = tuple[str, tuple[int, ...], bytes]
+"""dtype, shape and payload of a tensor."""
+FP8_LARGEST = 448.0
 Makers = dict[str, Maker]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 TEMPLATE = (
@@ -52,7 +56,7 @@ class Shape:
     head_dim: int = option(64, "size of a head")
     vocab: int = option(1024, "vocabulary, at least 259")
     max_positions: int = option(8192, "context length")
-    dtype: str = option("float16", "of all weights", choices=("float16", "bfloat16"))
+    dtype: str = option("float16", "of all weights; fp8: of most, in blocks", choices=("float16", "bfloat16", "fp8"))
     jobs: int = option(1, "layers made at once")
     seed: int = option(0, "of all weights")
 
@@ -66,7 +70,7 @@ class Shape:
 
     def config(self) -> dict[str, Any]:
         """`config.json`."""
-        common = {
+        common: dict[str, Any] = {
             "bos_token_id": 1,
             "eos_token_id": 2,
             "head_dim": self.head_dim,
@@ -83,9 +87,12 @@ class Shape:
             "rope_theta": 1e4,
             "sliding_window": None,
             "tie_word_embeddings": False,
-            "torch_dtype": self.dtype,
+            "torch_dtype": "bfloat16" if self.dtype == "fp8" else self.dtype,
             "vocab_size": self.vocab,
         }
+        if self.dtype == "fp8":
+            quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+            common["quantization_config"] = quantization | {"weight_block_size": [BLOCK, BLOCK]}
         if self.family == "mixtral":
             return common | {"architectures": ["MixtralForCausalLM"], "num_local_experts": self.experts}
         own: dict[str, Any] = {
@@ -123,22 +130,42 @@ def _write_shard(directory: Path, shape: Shape, number: int) -> tuple[list[str],
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     payload = []
     at = 0
-    for name, make in makers.items():
-        values = make(rng)
-        payload.append(_stored(values, shape.dtype))
-        end = at + len(payload[-1])
-        header[name] = {"dtype": _STORED[shape.dtype], "shape": list(values.shape), "data_offsets": [at, end]}
-        at = end
+    for made, make in makers.items():
+        for name, (dtype, sizes, data) in _stored(made, make(rng), shape.dtype).items():
+            payload.append(data)
+            header[name] = {"dtype": dtype, "shape": list(sizes), "data_offsets": [at, at + len(data)]}
+            at += len(data)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the payload starts aligned
     with (directory / file).open("wb") as f:
         f.writelines([len(text).to_bytes(8, "little"), text, *payload])
-    return list(makers), file
+    return [name for name in header if name != "__metadata__"], file
 
 
-def _stored(values: np.ndarray, dtype: str) -> bytes:
+def _stored(name: str, values: np.ndarray, dtype: str) -> dict[str, Stored]:
+    """The tensor in the file, and with fp8 the one with its scales."""
     if dtype == "float16":
-        return values.astype(np.float16).tobytes()
+        return {name: ("F16", values.shape, values.astype(np.float16).tobytes())}
+    if dtype == "fp8" and (name.endswith("_proj.weight") or ".experts." in name):
+        codes, scale = _fp8(values)
+        return {name: (FP8, values.shape, codes), scale_name(name): ("BF16", scale.shape, _bf16(scale))}
+    return {name: ("BF16", values.shape, _bf16(values))}
+
+
+def _fp8(values: np.ndarray) -> tuple[bytes, np.ndarray]:
+    """Codes, and scales that are bf16 numbers, so that the largest weight of a block becomes the largest code or so."""
+    import torch
+
+    weight = torch.from_numpy(values)
+    scale = torch.empty(scale_shape(values.shape))
+    for row, rows in enumerate(weight.split(BLOCK)):
+        for column, block in enumerate(rows.split(BLOCK, dim=1)):
+            scale[row, column] = (block.abs().max() / FP8_LARGEST).bfloat16()
+            block.div_(scale[row, column]).clamp_(-FP8_LARGEST, FP8_LARGEST)
+    return weight.to(torch.float8_e4m3fn).view(torch.uint8).numpy().tobytes(), scale.numpy()
+
+
+def _bf16(values: np.ndarray) -> bytes:
     return ((values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16).tobytes()
 
 

@@ -10,7 +10,7 @@ import torch
 from expert_server.standby import NoReplicas
 from kernels.expert_ffn import ExpertFFN, grouped_expert_ffn, numerics_fingerprint
 from kernels.linear import Backend
-from kernels.tensors import as_tensor
+from kernels.tensors import as_packable
 from moering.checkpoint import ExpertWeights
 from moering.protocol import MAX_TENSOR_BYTES
 from moering.shared_rows import SLOT_BYTES
@@ -59,8 +59,7 @@ class CpuBackend:
 
     def load(self, weights: ExpertWeights) -> ExpertFFN:
         """One expert, packed; the checkpoint's bytes are not kept."""
-        raw = (weights.gate_proj, weights.up_proj, weights.down_proj)
-        gate, up, down = (as_tensor(t.dtype, t.shape, t.data) for t in raw)
+        gate, up, down = map(as_packable, weights.parts)
         return ExpertFFN(gate, up, down, self._arithmetic)
 
     def compute(

@@ -93,8 +93,7 @@ class Slots:
 def flatten(weights: ExpertWeights, out: torch.Tensor) -> None:
     """An expert's three projections, one after another, as bf16: gate and up, then down."""
     start = 0
-    for raw in (weights.gate_proj, weights.up_proj, weights.down_proj):
-        part = as_tensor(raw.dtype, raw.shape, raw.data)
+    for part in map(as_tensor, weights.parts):
         out[start : start + part.numel()].copy_(part.reshape(-1))
         start += part.numel()
 

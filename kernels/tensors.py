@@ -3,17 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from kernels.dequantize import dequantize, to_fp16
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 
 
-def as_tensor(dtype: str, shape: Sequence[int], data: Any) -> torch.Tensor:
-    """The tensor whose little-endian, row-major bytes `data` (a writable uint8 array) holds; no copy is made."""
-    return torch.from_numpy(data).view(_DTYPES[dtype]).view(*shape)
+class Stored(Protocol):
+    """A tensor as a checkpoint has it: little-endian, row-major bytes in a writable uint8 array."""
+
+    @property
+    def dtype(self) -> str:
+        """A key of `_DTYPES`."""
+        ...
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Sizes."""
+        ...
+
+    @property
+    def data(self) -> Any:
+        """The bytes."""
+        ...
+
+    @property
+    def scale(self) -> Stored | None:
+        """A quantised matrix's scales."""
+        ...
+
+
+def stored_tensor(stored: Stored) -> torch.Tensor:
+    """The tensor of these bytes, without its scales; no copy is made."""
+    return torch.from_numpy(stored.data).view(_DTYPES[stored.dtype]).view(*stored.shape)
+
+
+def as_tensor(stored: Stored) -> torch.Tensor:
+    """What is stored, without a copy; of a quantised matrix its weights in float32."""
+    tensor = stored_tensor(stored)
+    return tensor if stored.scale is None else dequantize(tensor, stored_tensor(stored.scale))
+
+
+def as_packable(stored: Stored) -> torch.Tensor:
+    """`as_tensor`, but the weights of a quantised matrix as fp16, which `kernels.linear` packs (see `to_fp16`)."""
+    tensor = as_tensor(stored)
+    return tensor if stored.scale is None else to_fp16(tensor)
 
 
 def rows_tensor(rows: np.ndarray) -> torch.Tensor:

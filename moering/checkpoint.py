@@ -2,7 +2,8 @@
 
 Opening it parses `config.json`, the index and the shards' headers and checks every tensor that serving needs, without
 reading payload: what is missing or has the wrong shape is one `CheckpointError` before a process announces itself.
-Experts are found in the per-expert layouts of both families and in the fused one that transformers 5 can write.
+Experts are found in the per-expert layouts of both families and in the fused one that transformers 5 can write; fp8
+ones, which are read together with their scales (`moering.quantization`), in the per-expert layouts.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moering.checkpoint_layout import Layout, parse_layout
 from moering.errors import CheckpointError
+from moering.quantization import FP8, SCALE_DTYPES, SCALE_SUFFIX, check_values, scale_name, scale_shape
 from moering.safetensors_shard import RawTensor, Shard, TensorSlice
 
 __all__ = ["Checkpoint", "ExpertWeights", "RawTensor"]
@@ -28,14 +30,45 @@ WEIGHT_DTYPES = ("F32", "F16", "BF16")
 class ExpertWeights:
     """One expert: gate and up projection [intermediate, hidden], down projection [hidden, intermediate].
 
-    `digest` is 8 bytes of SHA-256 over the three payloads in this order; it does not depend on the file layout. Of the
-    hashes in the standard library it is the fastest on processors with instructions for it.
+    `digest` is 8 bytes of SHA-256 over the three payloads in this order, an fp8 one followed by its scales; it does not
+    depend on the file layout. Of the hashes in the standard library it is the fastest on processors with instructions
+    for it.
     """
 
     gate_proj: RawTensor
     up_proj: RawTensor
     down_proj: RawTensor
     digest: bytes
+
+    @property
+    def parts(self) -> tuple[RawTensor, RawTensor, RawTensor]:
+        """Gate, up, down."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """Where a tensor lies, and the scales of a quantised one."""
+
+    tensor: TensorSlice
+    scale: TensorSlice | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes + (self.scale.nbytes if self.scale else 0)
+
+    @property
+    def widened_nbytes(self) -> int:
+        """Of what a CPU computes with: fp8 becomes fp16."""
+        return 2 * self.tensor.nbytes if self.scale else self.tensor.nbytes
+
+    def read(self) -> RawTensor:
+        weight = self.tensor.read()
+        if self.scale is None:
+            return weight
+        scale = self.scale.read()
+        check_values(weight, scale, self.tensor.name, str(self.tensor.shard.path))
+        return replace(weight, scale=scale)
 
 
 class Checkpoint:
@@ -69,7 +102,10 @@ class Checkpoint:
             self.close()
             raise
         self.digest = hasher.hexdigest()
-        self.expert_bytes = max(sum(part.nbytes for part in parts) for parts in self._experts.values())
+        experts = self._experts.values()
+        self.expert_bytes = max(sum(part.nbytes for part in parts) for parts in experts)
+        self.widened_expert_bytes = max(sum(part.widened_nbytes for part in parts) for parts in experts)
+        self.expert_dtypes = {part.tensor.dtype for parts in experts for part in parts}
 
     def close(self) -> None:
         """Close the shards."""
@@ -77,8 +113,8 @@ class Checkpoint:
             shard.close()
 
     def names(self) -> list[str]:
-        """All tensors that are not an expert's, sorted."""
-        return sorted(name for name in self._tensors if not _is_expert(name))
+        """All tensors that are not an expert's, sorted; scales belong to their tensors."""
+        return sorted(name for name in self._tensors if not _is_expert(name) and not name.endswith(SCALE_SUFFIX))
 
     def gate_name(self, layer: int) -> str:
         """The name of a layer's gate weight [experts, hidden]; it differs between layouts of one family."""
@@ -88,7 +124,7 @@ class Checkpoint:
         """Read one tensor that is not an expert's."""
         if name not in self._tensors or _is_expert(name):
             raise CheckpointError(f"{self.path}: no tensor {name} outside the experts")
-        return self._read(self._tensors[name])
+        return self._read(self._with_scale(self._tensors[name]))
 
     def expert(self, layer: int, expert: int) -> ExpertWeights:
         """Read one expert's weights, and nothing else."""
@@ -98,9 +134,11 @@ class Checkpoint:
         digest = hashlib.sha256()
         for part in (gate, up, down):
             digest.update(part.data.data)
+            if part.scale is not None:
+                digest.update(part.scale.data.data)
         return ExpertWeights(gate, up, down, digest.digest()[:8])
 
-    def _read(self, part: TensorSlice) -> RawTensor:
+    def _read(self, part: _Weight) -> RawTensor:
         tensor = part.read()
         with self._read_lock:
             self.bytes_read += part.nbytes
@@ -137,18 +175,19 @@ class Checkpoint:
             self._expect(gates[-1], (self.num_experts, self.hidden_size))
         return gates
 
-    def _find_experts(self, layer: int) -> list[tuple[TensorSlice, TensorSlice, TensorSlice]]:
+    def _find_experts(self, layer: int) -> list[tuple[_Weight, _Weight, _Weight]]:
         """Gate, up and down projection of every expert of a layer."""
         experts, hidden, inter = self.num_experts, self.hidden_size, self.moe_intermediate_size
         gate_up_name, down_name = self.layout.fused_names(layer)
         if gate_up_name in self._tensors:
-            gate_up = self._expect(gate_up_name, (experts, 2 * inter, hidden)).reshape(experts * 2 * inter, hidden)
-            down = self._expect(down_name, (experts, hidden, inter)).reshape(experts * hidden, inter)
+            gate_up = self._expect(gate_up_name, (experts, 2 * inter, hidden)).tensor
+            gate_up = gate_up.reshape(experts * 2 * inter, hidden)
+            down = self._expect(down_name, (experts, hidden, inter)).tensor.reshape(experts * hidden, inter)
             return [
                 (
-                    gate_up.rows(2 * e * inter, (2 * e + 1) * inter),
-                    gate_up.rows((2 * e + 1) * inter, (2 * e + 2) * inter),
-                    down.rows(e * hidden, (e + 1) * hidden),
+                    _Weight(gate_up.rows(2 * e * inter, (2 * e + 1) * inter)),
+                    _Weight(gate_up.rows((2 * e + 1) * inter, (2 * e + 2) * inter)),
+                    _Weight(down.rows(e * hidden, (e + 1) * hidden)),
                 )
                 for e in range(experts)
             ]
@@ -159,7 +198,24 @@ class Checkpoint:
             found.append((self._expect(gate, shape), self._expect(up, shape), self._expect(down_proj, (hidden, inter))))
         return found
 
-    def _expect(self, name: str, shape: tuple[int, ...]) -> TensorSlice:
+    def _expect(self, name: str, shape: tuple[int, ...]) -> _Weight:
+        tensor = self._find(name, shape)
+        if self.layout.quantized and tensor.dtype == FP8:
+            if len(shape) != 2:
+                raise CheckpointError(
+                    f"{tensor.shard.path}: tensor {name} {list(shape)} is {FP8}; only matrices may be, one for each "
+                    "projection of an expert"
+                )
+            return self._with_scale(tensor)
+        return _Weight(_check_dtype(tensor, WEIGHT_DTYPES))
+
+    def _with_scale(self, tensor: TensorSlice) -> _Weight:
+        if tensor.dtype != FP8:
+            return _Weight(tensor)
+        scale = self._find(scale_name(tensor.name), scale_shape(tensor.shape))
+        return _Weight(tensor, _check_dtype(scale, SCALE_DTYPES))
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> TensorSlice:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise CheckpointError(f"{self.path}: tensor {name} {list(shape)} is missing")
@@ -167,11 +223,15 @@ class Checkpoint:
             raise CheckpointError(
                 f"{tensor.shard.path}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
-        if tensor.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"{tensor.shard.path}: tensor {name} is {tensor.dtype}; supported are {', '.join(WEIGHT_DTYPES)}"
-            )
         return tensor
+
+
+def _check_dtype(tensor: TensorSlice, dtypes: tuple[str, ...]) -> TensorSlice:
+    if tensor.dtype not in dtypes:
+        raise CheckpointError(
+            f"{tensor.shard.path}: tensor {tensor.name} is {tensor.dtype}; supported are {', '.join(dtypes)}"
+        )
+    return tensor
 
 
 def _is_expert(name: str) -> bool:

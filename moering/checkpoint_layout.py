@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moering.errors import CheckpointError
+from moering.quantization import is_quantized
 
 # architecture → (keys of the expert count, key of the expert's intermediate size, prefix within a layer, gate/up/down)
 _FAMILIES = {
@@ -39,6 +40,7 @@ class Layout:
     head_dim: int
     vocab_size: int
     tied_embeddings: bool
+    quantized: bool  # matrices may be fp8, with scales
 
     def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
         """Gate, up and down projection of one expert in the per-expert layout."""
@@ -96,6 +98,7 @@ def parse_layout(config: dict[str, Any], where: str) -> Layout:
         head_dim=head_dim,
         vocab_size=_size(config, ("vocab_size",), where),
         tied_embeddings=config.get("tie_word_embeddings") is True,
+        quantized=is_quantized(config, where),
     )
     if layout.top_k > layout.num_experts:
         raise CheckpointError(f"{where}: num_experts_per_tok {layout.top_k} exceeds the {layout.num_experts} experts")
@@ -113,8 +116,6 @@ def _architecture(config: dict[str, Any], where: str) -> str:
             f"{where}: mlp_only_layers {config.get('mlp_only_layers')} and decoder_sparse_step "
             f"{config.get('decoder_sparse_step')} ask for dense layers, which are not supported"
         )
-    if config.get("quantization_config"):
-        raise CheckpointError(f"{where}: quantization_config is not supported")
     if config.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{where}: hidden_act {config['hidden_act']!r} is not supported, only silu")
     return str(config["architectures"][0])

@@ -32,11 +32,15 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 @dataclass(frozen=True)
 class RawTensor:
-    """A tensor as in the file: `data` is its bytes, little-endian, row-major, in a writable array of its own."""
+    """A tensor as in the file: `data` is its bytes, little-endian, row-major, in a writable array of its own.
+
+    `scale`: of a quantised matrix the tensor with its scales (`moering.quantization`).
+    """
 
     dtype: str  # a key of ITEM_BYTES
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]
+    scale: RawTensor | None = None
 
 
 @dataclass(frozen=True)

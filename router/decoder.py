@@ -14,7 +14,7 @@ import torch
 
 from kernels.linear import Backend, PackedLinear
 from kernels.rms_norm import RMSNorm, new_stream
-from kernels.tensors import as_tensor
+from kernels.tensors import as_packable
 from moering.checkpoint import Checkpoint
 from moering.errors import CheckpointError
 from router.attention import Attention, rotary_table
@@ -130,5 +130,4 @@ class Decoder:
 
 
 def _load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    raw = checkpoint.tensor(name)
-    return as_tensor(raw.dtype, raw.shape, raw.data)
+    return as_packable(checkpoint.tensor(name))

@@ -215,5 +215,4 @@ class _Loader:
         self.checkpoint, self._device = checkpoint, device
 
     def __call__(self, name: str) -> torch.Tensor:
-        raw = self.checkpoint.tensor(name)
-        return as_tensor(raw.dtype, raw.shape, raw.data).to(self._device, COMPUTE_DTYPE)
+        return as_tensor(self.checkpoint.tensor(name)).to(self._device, COMPUTE_DTYPE)

@@ -6,7 +6,7 @@ import torch
 
 from kernels.expert_ffn import ExpertFFN, grouped_expert_ffn
 from kernels.linear import Backend
-from kernels.tensors import as_tensor
+from kernels.tensors import as_packable
 from moering.checkpoint import Checkpoint
 from router.micro_batch import MicroBatch
 
@@ -32,8 +32,5 @@ class LocalExperts:
 
 
 def _load_expert(checkpoint: Checkpoint, layer: int, expert: int, backend: Backend) -> ExpertFFN:
-    weights = checkpoint.expert(layer, expert)
-    gate, up, down = (
-        as_tensor(raw.dtype, raw.shape, raw.data) for raw in (weights.gate_proj, weights.up_proj, weights.down_proj)
-    )
+    gate, up, down = map(as_packable, checkpoint.expert(layer, expert).parts)
     return ExpertFFN(gate, up, down, backend)

@@ -39,10 +39,6 @@ def _load_layer(checkpoint: Checkpoint, layer: int, device: torch.device) -> Gro
     w2 = torch.empty(c.num_experts, hidden, inter, dtype=torch.bfloat16, device=device)
     for expert in range(c.num_experts):
         weights = c.expert(layer, expert)
-        for target, raw in (
-            (w13[expert, :inter], weights.gate_proj),
-            (w13[expert, inter:], weights.up_proj),
-            (w2[expert], weights.down_proj),
-        ):
-            target.copy_(as_tensor(raw.dtype, raw.shape, raw.data))
+        for target, raw in zip((w13[expert, :inter], w13[expert, inter:], w2[expert]), weights.parts, strict=True):
+            target.copy_(as_tensor(raw))
     return GroupedExperts(w13, w2)

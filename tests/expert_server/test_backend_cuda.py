@@ -42,7 +42,7 @@ def backend():
 
 def expected(checkpoint, hidden, rows, counts, experts):
     weights = [checkpoint.expert(0, e) for e in experts]
-    parts = [[as_tensor(t.dtype, t.shape, t.data) for t in (w.gate_proj, w.up_proj, w.down_proj)] for w in weights]
+    parts = [[as_tensor(part) for part in w.parts] for w in weights]
     w13, w2 = torch.stack([torch.cat(p[:2]) for p in parts]), torch.stack([p[2] for p in parts])
     ids = torch.arange(len(experts)).repeat_interleave(torch.tensor(counts))
     return reference.expert_ffn(torch.from_numpy(hidden).bfloat16(), w13, w2, ids, torch.from_numpy(rows))
