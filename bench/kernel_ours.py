@@ -17,7 +17,6 @@ from kernels.triton_expert_ffn import GroupedExperts
 from kernels.triton_few_pairs import MAX_PAIRS
 from kernels.triton_grouping import PairGrouper
 from kernels.triton_quantized_ffn import QuantizedExperts, choose_quantized_tiling
-from kernels.triton_tiling import choose_tiling
 
 
 class Ours:
@@ -31,7 +30,7 @@ class Ours:
 
     def variants(self, case: Case) -> Sequence[Any]:
         """The one that forward would take."""
-        return [choose_tiling(case.pairs, self.experts.num_experts)]
+        return [self.experts.choose_tiling(case.pairs)]
 
     def prepare(self, case: Case, variant: Any) -> Run:
         """Inputs and outputs of one batch, and the calls to time."""

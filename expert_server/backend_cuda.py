@@ -25,7 +25,7 @@ from kernels.tensors import rows_tensor
 from kernels.triton_expert_ffn import GroupedExperts, numerics_fingerprint
 from kernels.triton_few_pairs import MAX_PAIRS
 from kernels.triton_grouping import TILE_FIELDS, Grouping, list_sorted
-from kernels.triton_tiling import FFNTiling, choose_tiling
+from kernels.triton_tiling import FFNTiling
 from moering.checkpoint import ExpertWeights
 from moering.errors import ConfigError
 from moering.expert_frames import ITEM_BYTES
@@ -134,7 +134,7 @@ class CudaBackend:
             with self._workspace.call(hidden, rows, counts, np.repeat(slots, counts).tolist(), out):
                 self._graphs.run((pairs,), lambda: self._launch_few(pairs))
             return
-        tiling = choose_tiling(pairs, experts)
+        tiling = self._kernels.choose_tiling(pairs, experts)
         block_m = tiling.block_m
         most_tiles = experts if max(counts) <= block_m else experts + (pairs - experts) // block_m
         room = next_power_of_2(most_tiles)  # few shapes, so few graphs; programs that find no tile end at once
@@ -159,7 +159,7 @@ class CudaBackend:
         seen = set()
         for pairs in range(1, CALL_PAIRS + 1):
             for experts in (1, min(pairs, self.capacity)):
-                tiling = None if pairs <= MAX_PAIRS else choose_tiling(pairs, experts)
+                tiling = None if pairs <= MAX_PAIRS else self._kernels.choose_tiling(pairs, experts)
                 if tiling not in seen:
                     seen.add(tiling)
                     counts = [pairs // experts] * experts

@@ -1,6 +1,7 @@
 """Grouped expert FFN of a server's local experts on a GPU, bf16, batch-invariant.
 
-See `triton_grouping` (which tile holds which pairs), `triton_grouped_gemm` (the arithmetic), docs/kernels.md (figures).
+See `triton_grouping` (which tile holds which pairs), `triton_grouped_gemm` (the arithmetic), `gluon_grouped_gemm` (the
+same for a few hundred rows per expert), docs/kernels.md (figures).
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from kernels.triton_few_pairs import MAX_PAIRS, few_pairs
 from kernels.triton_grouped_gemm import down_kernel, gate_up_kernel
 from kernels.triton_grouping import Grouping, PairGrouper
 from kernels.triton_tiling import FFNTiling, Tiling, choose_tiling
+
+gluon_grouped_gemm: Any
+try:
+    from kernels import gluon_grouped_gemm
+except ImportError:  # a Triton without Gluon for Hopper
+    gluon_grouped_gemm = None
 
 
 class GroupedExperts:
@@ -50,7 +57,12 @@ class GroupedExperts:
         self.num_experts, self.hidden, self.intermediate = experts, hidden, double // 2
         self._grouper = PairGrouper(experts, w13.device)
         self._counters = torch.zeros(MAX_PAIRS, dtype=torch.int32, device=w13.device)
+        self._ping_pong: bool = gluon_grouped_gemm is not None and gluon_grouped_gemm.admits(w13, w2)
         self._sms = torch.cuda.get_device_properties(w13.device).multi_processor_count if w13.is_cuda else 1
+
+    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> FFNTiling:
+        """See `triton_tiling.choose_tiling`; num_experts: how many have pairs, where that is known."""
+        return choose_tiling(pairs, num_experts or self.num_experts, self._ping_pong)
 
     def forward(
         self,
@@ -76,7 +88,7 @@ class GroupedExperts:
         if tiling is None and pairs <= MAX_PAIRS:
             self.few_pairs(hidden_states, experts, rows, top_k, activations, out)
             return out
-        tiling = tiling or choose_tiling(pairs, self.num_experts)
+        tiling = tiling or self.choose_tiling(pairs)
         grouping = self._grouper.group(experts, rows, top_k, tiling.block_m)
         self.gate_up(hidden_states, grouping, activations, tiling)
         self.down(activations, grouping, out, tiling)
@@ -97,6 +109,10 @@ class GroupedExperts:
     def gate_up(self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, tiling: FFNTiling) -> None:
         """Gate and up product with SwiGLU; activations: [pairs, intermediate] in grouped order."""
         cut = tiling.gate_up
+        if cut.ping_pong:
+            bias = self._biases[0] if self._biases else None
+            gluon_grouped_gemm.gate_up(x, self.w13, bias, self._limit, activations, grouping, cut, self._sms)
+            return
         stacked, paired = self.w13.view(-1, self.hidden), self.w13.view(-1, self.intermediate, self.hidden)
         gate_up_kernel[self._grid(grouping, self.intermediate, cut)](
             x, x.stride(0), TensorDescriptor.from_tensor(stacked, [cut.block_n, cut.block_k]),
@@ -110,6 +126,10 @@ class GroupedExperts:
         such rows, bf16 and contiguous, anywhere that the GPU can write.
         """
         cut, out_at = tiling.down, out.dtype == torch.int64
+        if cut.ping_pong:
+            bias = self._biases[1] if self._biases else None
+            gluon_grouped_gemm.down(activations, self.w2, bias, out, grouping, cut, self._sms)
+            return
         weights = self.w2.view(-1, self.intermediate)
         down_kernel[self._grid(grouping, self.hidden, cut)](
             activations, TensorDescriptor.from_tensor(activations, [tiling.block_m, cut.block_k]),

@@ -17,6 +17,7 @@ class Tiling:
     flatten: the loads of a program's next item start under the last one.
     act_tma: down reads activations through TMA.
     programs_per_sm: 0 for one program per work item, else a grid that strides over the items.
+    ping_pong: by the kernel of `gluon_grouped_gemm`, of which warps, swap and flatten are not a choice.
     """
 
     block_n: int
@@ -28,6 +29,7 @@ class Tiling:
     flatten: bool = False
     act_tma: bool = False
     programs_per_sm: int = 0
+    ping_pong: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,25 +52,26 @@ _UP_TO_90 = FFNTiling(
     Tiling(128, 64, 4, 5, swap=False, group_m=4, flatten=True, programs_per_sm=1),
     Tiling(128, 64, 4, 3, group_m=4, flatten=True, act_tma=True, programs_per_sm=3),
 )
-_UP_TO_180 = FFNTiling(
-    64,
-    _UP_TO_90.gate_up,
-    Tiling(256, 64, 8, 5, swap=False, group_m=4, flatten=True, act_tma=True, programs_per_sm=1),
-)
 _LARGE = FFNTiling(
     128,
     Tiling(128, 64, 8, 4, swap=False, group_m=8, flatten=True, programs_per_sm=1),
     Tiling(256, 64, 8, 4, swap=False, group_m=8, flatten=True, act_tma=True, programs_per_sm=1),
 )
-_LARGE_FEW_TILES = FFNTiling(  # so few that blocks of 256 would leave multiprocessors idle in the last round
-    128, _LARGE.gate_up, Tiling(128, 64, 4, 5, swap=False, group_m=8, flatten=True, act_tma=True, programs_per_sm=1)
+PING_PONG = FFNTiling(
+    64,
+    Tiling(128, 64, 4, 5, swap=False, group_m=16, programs_per_sm=1, ping_pong=True),
+    Tiling(256, 64, 4, 5, swap=False, group_m=16, act_tma=True, programs_per_sm=1, ping_pong=True),
 )
-_BY_MEAN_ROWS = ((6, _UP_TO_6), (20, _UP_TO_20), (90, _UP_TO_90), (180, _UP_TO_180))
+"""91 to 700 rows per expert, for weights that `gluon_grouped_gemm.admits`."""
+_BY_MEAN_ROWS = ((6, _UP_TO_6), (20, _UP_TO_20), (90, _UP_TO_90))
 
 
-def choose_tiling(pairs: int, num_experts: int) -> FFNTiling:
-    """The tiling for `pairs` pairs over `num_experts` local experts, by the mean number of rows per expert."""
+def choose_tiling(pairs: int, num_experts: int, ping_pong: bool = False) -> FFNTiling:
+    """The tiling for `pairs` pairs over `num_experts` local experts, by the mean number of rows per expert.
+
+    ping_pong: whether `PING_PONG` may be chosen.
+    """
     for limit, tiling in _BY_MEAN_ROWS:
         if pairs <= limit * num_experts:
             return tiling
-    return _LARGE_FEW_TILES if pairs <= 4096 else _LARGE
+    return PING_PONG if ping_pong and pairs <= 700 * num_experts else _LARGE
