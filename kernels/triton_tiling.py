@@ -62,7 +62,7 @@ PING_PONG = FFNTiling(
     Tiling(128, 64, 4, 5, swap=False, group_m=16, programs_per_sm=1, ping_pong=True),
     Tiling(256, 64, 4, 5, swap=False, group_m=16, act_tma=True, programs_per_sm=1, ping_pong=True),
 )
-"""91 to 700 rows per expert, for weights that `gluon_grouped_gemm.admits`."""
+"""91 to 1100 rows per expert, for weights that `gluon_grouped_gemm.admits`."""
 _BY_MEAN_ROWS = ((6, _UP_TO_6), (20, _UP_TO_20), (90, _UP_TO_90))
 
 
@@ -74,4 +74,4 @@ def choose_tiling(pairs: int, num_experts: int, ping_pong: bool = False) -> FFNT
     for limit, tiling in _BY_MEAN_ROWS:
         if pairs <= limit * num_experts:
             return tiling
-    return PING_PONG if ping_pong and pairs <= 700 * num_experts else _LARGE
+    return PING_PONG if ping_pong and pairs <= 1100 * num_experts else _LARGE

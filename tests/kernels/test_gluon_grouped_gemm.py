@@ -20,7 +20,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 LARGE = choose_tiling(8192, 8)
 
 
-@pytest.mark.parametrize(("pairs", "chosen"), [(90, False), (91, True), (700, True), (701, False)])
+@pytest.mark.parametrize(("pairs", "chosen"), [(90, False), (91, True), (1100, True), (1101, False)])
 def test_a_few_hundred_rows_per_expert_get_it_where_it_can_run(pairs: int, chosen: bool) -> None:
     assert (choose_tiling(3 * pairs, 3, ping_pong=True) is PING_PONG) == chosen
     assert choose_tiling(3 * pairs, 3) is not PING_PONG
