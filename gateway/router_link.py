@@ -75,11 +75,12 @@ class RouterLink:
         """Whether nothing can come of it any more."""
         return bool(self._socket.closed)
 
-    def send(self, message: Any) -> bool:
-        """Send without blocking. A router that takes nothing any more counts as lost."""
+    def send(self, *messages: Any) -> bool:
+        """Send without blocking; several as the frames of one zmq message, as the router would begin with the first of
+        them alone. A router that takes nothing any more counts as lost."""
         if self.lost.done():
             return False
-        if not transport.try_send(self._socket, [protocol.encode(message)]):
+        if not transport.try_send(self._socket, [protocol.encode(message) for message in messages]):
             self._fail(ConnectionError("its queue is full"))
             return False
         self._loop.call_soon(self._read)

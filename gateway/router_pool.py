@@ -23,7 +23,7 @@ from gateway.router_link import RouterLink
 from moering import transport
 from moering.errors import HandshakeError
 from moering.prefix import prefix_keys
-from moering.protocol import Abort, Failed, Hello, MemberInfo, RouterStats, Token, Tokens
+from moering.protocol import Abort, Failed, Hello, MemberInfo, RouterStats, Submit, Token, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -139,23 +139,34 @@ class RouterPool:
 
     # --- records -----------------------------------------------------------------------------------------------------
 
-    def _assign(self, record: Record) -> None:
-        """Send the record to a router, or hold it."""
+    def _assign(self, *records: Record) -> None:
+        """Send each record to a router, or hold it. A router gets all that are for it at once."""
+        now = asyncio.get_running_loop().time()
+        submits: defaultdict[RouterLink, list[Submit]] = defaultdict(list)
+        for record in records:
+            link = self._route(record)
+            if link is not None:
+                submits[link].append(record.next_submit(now))
+        for link, messages in submits.items():
+            link.send(*messages)  # if it fails, the lost link gives them back
+
+    def _route(self, record: Record) -> RouterLink | None:
+        """The router that the record goes to from now on; None where it is held, or given up."""
         usable = self._usable()
         if not usable:
             self._held[record] = None
-            return
+            return None
         if record.fruitless >= MAX_FRUITLESS_ATTEMPTS:
             self._journal.fail(record, "poison", "the request was given up: each router that computed it was lost")
             self._forget(record)
-            return
+            return None
         link = self._choose(record, usable)
         if record.attempt:
             self.failovers += 1
         self._held.pop(record, None)
         self._routes[record] = link
         link.records.add(record)
-        link.send(record.next_submit(asyncio.get_running_loop().time()))  # if it fails, the lost link gives it back
+        return link
 
     def _choose(self, record: Record, usable: dict[Key, RouterLink]) -> RouterLink:
         prefixes = prefix_keys(record.prompt)
@@ -168,8 +179,7 @@ class RouterPool:
         return {key: link for key, member, link in ready if member is not None and member.state == "ONLINE"}
 
     def _submit_held(self) -> None:
-        for record in list(self._held):
-            self._assign(record)
+        self._assign(*self._held)
 
     def _expire(self, record: Record) -> None:
         self._journal.fail(record, "timeout", "the request took longer than the server's limit")
@@ -274,10 +284,11 @@ class RouterPool:
         if link is None:
             return
         link.close()
-        orphans, link.records = sorted(link.records, key=lambda r: r.deadline), set()
+        # A router catches up with them in this order: the shortest first, and the fewest wait for long.
+        orphans, link.records = sorted(link.records, key=lambda r: len(r.prompt) + len(r.emitted)), set()
         for record in orphans:
             self._routes.pop(record)
-            self._assign(record)
+        self._assign(*orphans)
         if link.welcomed:
             held = sum(record in self._held for record in orphans)
             logger.warning(

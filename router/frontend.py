@@ -28,22 +28,26 @@ class Frontend:
         self.gone: set[bytes] = set()  # gateways that a send found dead; their requests are to be aborted
 
     def receive(self) -> list[tuple[bytes, Submit | Abort]]:
-        """All requests and aborts that are waiting, with the gateway's identity. Other messages are answered here."""
+        """All requests and aborts that are waiting, with the gateway's identity. Other messages are answered here.
+
+        Each frame is a message; those of one zmq message arrive together.
+        """
         messages = []
         while (frames := transport.try_receive(self.socket)) is not None:
             identity = frames[0]
-            try:
-                message, _ = protocol.decode(frames[1:])
-            except ProtocolError as e:
-                logger.warning("refused a message: %s", e)
-                self._send(identity, Refused(str(e), fatal=True))
-                continue
-            if isinstance(message, Submit | Abort):
-                messages.append((identity, message))
-            elif isinstance(message, Hello):
-                self._greet(identity, message)
-            else:
-                self._send(identity, Refused(f"a router takes no {message.KIND}", fatal=True))
+            for frame in frames[1:]:
+                try:
+                    message, _ = protocol.decode([frame])
+                except ProtocolError as e:
+                    logger.warning("refused a message: %s", e)
+                    self._send(identity, Refused(str(e), fatal=True))
+                    continue
+                if isinstance(message, Submit | Abort):
+                    messages.append((identity, message))
+                elif isinstance(message, Hello):
+                    self._greet(identity, message)
+                else:
+                    self._send(identity, Refused(f"a router takes no {message.KIND}", fatal=True))
         return messages
 
     @property

@@ -119,6 +119,11 @@ class Scheduler:
         """KV blocks that sequences hold."""
         return self._num_blocks - self._blocks.free_blocks
 
+    @property
+    def catching_up(self) -> bool:
+        """Whether a stream that began on another router has to be caught up with; those are the first that wait."""
+        return any(s.interrupted and s.arrival < 0 for s in (*self.running, *self.waiting[:1]))
+
     def abort(self, request_id: str, attempt: int) -> Sequence | None:
         """Cancel the sequence of this request and attempt and return it; None where there is none (any more)."""
         sequence = self._alive.get((request_id, attempt))
@@ -218,12 +223,20 @@ class Scheduler:
         return bool(following and following.interrupted and self._missing_blocks(following) <= self._blocks.free_blocks)
 
     def _prefills(self, budget: int) -> list[ScheduledChunk]:
-        """Short prompts first, whole where they fit; a long one leaves half of the budget to the other lane."""
-        half = -(-budget // 2)
-        lanes = sorted(self._lanes(budget), key=lambda s: s.remaining > half)
+        """Short prompts first, whole where they fit; a long one leaves half of the budget to the other lane.
+
+        Interrupted streams one after the other, the shortest first: all would be as late as the last if they shared.
+        """
+        lanes = self._lanes(budget)
+        if lanes and lanes[0].interrupted:
+            lanes.sort(key=lambda s: s.remaining)
+            most = budget
+        else:
+            most = -(-budget // 2)
+            lanes.sort(key=lambda s: s.remaining > most)
         items = []
         for sequence in lanes:
-            share = budget if sequence is lanes[-1] else min(half, budget)
+            share = budget if sequence is lanes[-1] else min(most, budget)
             length = min(sequence.remaining, share)
             if length:
                 items.append(_chunk(sequence, length))

@@ -7,6 +7,8 @@ A message is one multipart zmq message::
                    a fixed layout (`moering.expert_frames`)
     tensor bytes   of those two: raw, row-major, little-endian, one frame, unless the rows are in shared memory
 
+From a gateway to a router each frame is a message: what goes together arrives together.
+
 `encode` and `decode` are pure: no socket, no clock, no torch. `decode` raises `ProtocolError` with the field that is
 wrong before anything else sees the content. No pickle: nothing on a wire is executed.
 

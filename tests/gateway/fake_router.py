@@ -55,6 +55,7 @@ class FakeRouter(threading.Thread):
         self.script, self.hold_at = script, hold_at
         self.hellos: list[Hello] = []
         self.submits: list[Submit] = []
+        self.arrived: list[int] = []  # how many messages together
         self.aborts: list[Abort] = []
         self.welcome = True
         self.report_s: float | None = None  # between the figures that it sends, which show that it lives
@@ -105,7 +106,9 @@ class FakeRouter(threading.Thread):
             if self.report_s is not None:
                 self._outbox.append(RouterStats(self.server_id, {}, {}))
             while (frames := transport.try_receive(self._socket)) is not None:
-                self._handle(frames[0], protocol.decode(frames[1:])[0])
+                self.arrived.append(len(frames) - 1)
+                for frame in frames[1:]:
+                    self._handle(frames[0], protocol.decode([frame])[0])
             with self._changed:
                 outbox, self._outbox = self._outbox, []
             for message in outbox:

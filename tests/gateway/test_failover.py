@@ -58,6 +58,28 @@ def test_a_stream_goes_on_at_another_router_with_equal_tokens(model, hold_at):
     run(main())
 
 
+def test_the_streams_of_a_lost_router_arrive_together_the_shortest_first(model):
+    lengths = (4, 2, 9, 3)
+
+    async def main():
+        first, second = FakeRouter("r0", hold_at=1), FakeRouter("r1")
+        async with gateway(model, first) as g:
+            streams = []
+            for count, n in enumerate(lengths, 1):
+                streams.append(asyncio.create_task(g.stream("/v1/completions", {**REQUEST, "prompt": [5] * n})))
+                await g.until(partial(emitted, g, count))
+            g.show(first, second)
+            await g.connected(2)
+            await in_thread(first.kill)
+            for stream in streams:
+                streamed_ids(await stream)
+            assert [len(s.prompt) for s in second.submits] == sorted(lengths)
+            assert second.arrived == [1, len(lengths)]  # the hello
+        second.kill()
+
+    run(main())
+
+
 def test_without_another_router_the_stream_is_held_for_the_new_incarnation(model):
     expected = expected_ids(model)
 

@@ -123,6 +123,37 @@ def test_streams_that_began_on_another_router_go_before_prompts_and_in_full_step
     assert all(s.output == expected_output(s, [1] * 20, max_len=200) for s in resumed)
 
 
+def test_interrupted_streams_catch_up_one_after_the_other_the_shortest_first():
+    """If they shared the steps, all would be as late as the last."""
+    engine = Engine(blocks=400, batched=64, max_len=200)
+    long, short, middle = (engine.add(prompt=10, output=[1] * n, max_tokens=90) for n in (60, 20, 40))
+    took = []
+    while engine.scheduler.catching_up:
+        batch, _ = engine.step()
+        took.append([(i.sequence, i.length) for i in batch.items if i.length > 1])
+    assert took == [[(short, 30), (long, 34)], [(long, 36), (middle, 27)], [(middle, 23)]]
+
+
+def test_a_router_catches_up_while_a_stream_of_another_one_waits_or_runs():
+    engine, seen = Engine(blocks=6, seqs=1), []
+
+    def look():
+        seen.append(engine.scheduler.catching_up)
+
+    first = engine.add(prompt=7, max_tokens=3)
+    engine.step()
+    engine.scheduler._preempt(first)
+    assert first.interrupted
+    look()  # its own are no reason to hold up who starts
+    resumed = engine.add(prompt=3, output=[1] * 4, max_tokens=9)
+    look()
+    engine.start()
+    look()
+    engine.end()
+    look()
+    assert resumed.decodes and seen == [False, True, True, False]
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_2000_token_prompt_among_8_streams_keeps_steps_within_the_bound_and_progresses(trained):
     cost = StepCost()
