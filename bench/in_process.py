@@ -17,12 +17,12 @@ import zmq
 from moering import transport
 from moering.checkpoint import Checkpoint
 from moering.process import incarnation, install_signal_handlers, run_main
-from router.__main__ import build_engine
 from router.config import Config
 from router.dispatch import Dispatcher
 from router.exchange import Finished
 from router.flight import Flight
 from router.frontend import Frontend
+from router.process import build_engine
 from tests.local_experts import LocalExperts
 
 NONE = np.empty(0, np.int64)

@@ -140,13 +140,13 @@ def traced_decoder() -> type:
 
 def run(config: Config) -> int:
     """Serve as a router does, then write what was seen."""
-    router_main: Any = importlib.import_module("router.__main__")
-    router_main.Exchange = TracedExchange
+    process: Any = importlib.import_module("router.process")
+    process.Exchange = TracedExchange
     if config.device == "cuda":
         decoders: Any = importlib.import_module("router.decoder_cuda")
         decoders.Decoder = traced_decoder()
     try:
-        status: int = router_main.Router(config).run()
+        status: int = process.Router(config).run()
         return status
     finally:
         Path(os.environ["BENCH_TRACE"]).write_text(json.dumps(TRACE.medians()))

@@ -69,8 +69,8 @@ class Commands:
 
     def _router(self, number: int) -> Command:
         # The successor of a dead router must not take the cores from those that go on with its streams.
-        nice = ["--nice"] if self._config.routers > 1 else []
-        return self._member("router", f"router-{number}", [*self._device, *nice], self._config.router_args, number)
+        beside = ["--nice", "--catch-up-lock", f"{self._run_directory}/catch-up"] if self._config.routers > 1 else []
+        return self._member("router", f"router-{number}", [*self._device, *beside], self._config.router_args, number)
 
     def _gateway(self, number: int) -> Command:
         config = self._config

@@ -35,6 +35,9 @@ class Config:
     missing_expert_timeout_s: float = option(30.0, "how long a request waits for an expert that no server has")
     drain_timeout_s: float = option(30.0, "how long a router that goes finishes its streams before it hands them over")
     nice: bool = option(False, "start at low priority: others serve meanwhile")
+    catch_up_lock: str = option(
+        "", "file that routers of this machine lock while they catch up with interrupted streams"
+    )
     key: str = option("", KEY_HELP)
     insecure: bool = option(False, "allow --bind on an address that other machines reach without a key")
 

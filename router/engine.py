@@ -21,6 +21,7 @@ import zmq
 
 from moering.protocol import Abort, Submit, Token, View
 from moering.transport import Wakeup
+from router.catch_up import CatchUp
 from router.decoder import Decoder, Launched
 from router.exchange import Exchange, Finished
 from router.flight import Flight
@@ -51,11 +52,12 @@ class Engine:
         threads: int,
         micro_batches: int,
         missing_expert_timeout_s: float,
+        catch_up: CatchUp,
         spin_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._decoder, self._scheduler, self._exchange, self._frontend = decoder, scheduler, exchange, frontend
-        self._sampler = sampler
+        self._sampler, self._catch_up = sampler, catch_up
         self._poller, self._clock, self._threads = poller, clock, threads
         self._micro_batches, self._spin_s = micro_batches, spin_s
         self._parking = Parking(exchange, missing_expert_timeout_s, self._fail_missing, self._drop)
@@ -64,7 +66,7 @@ class Engine:
         for socket in (frontend.socket, frontend.monitor):
             poller.register(socket, zmq.POLLIN)
         self._new_view: View | None = None
-        self._stopping = False
+        self._stopping = self._acquainted = False
         self._next_look_s = self._next_report_s = 0.0
         self._flights: set[Flight] = set()
         self._launched: deque[tuple[Launched, Flight]] = deque()  # those that a GPU computes, in its order
@@ -147,6 +149,7 @@ class Engine:
                 self.progress += reached or not self._launched  # a GPU that hangs is no progress
         self._exchange.close()
         self._frontend.close()
+        self._catch_up.close()
 
     def _poll(self) -> None:
         """Wait until something happens, and take note of it."""
@@ -212,6 +215,8 @@ class Engine:
     def _submit(self, gateway: bytes, submit: Submit) -> None:
         sequence = Sequence.from_submit(submit, gateway, self._clock())
         refusal = self._scheduler.add(sequence)
+        if sequence.interrupted:
+            self._catch_up.tell(self._scheduler.catching_up)  # at once: the dead router's successor starts already
         if refusal is not None:
             self._frontend.fail(gateway, submit.request_id, submit.attempt, refusal.code, refusal.message)
 
@@ -226,6 +231,7 @@ class Engine:
             even = self._exchange.dispatcher.how_even()
             self._frontend.report(self.counters(), self.gauges(), self._exchange.passed_over, *even)
         self._exchange.connect_missing()
+        self._catch_up.tell(self._scheduler.catching_up)
         for sequence in self._scheduler.expired(now):
             self._fail(sequence, "timeout", "the request's deadline has passed")
         for flight in self._parking.look(now):
@@ -239,7 +245,15 @@ class Engine:
                 self._scheduler.cancel(sequence)
 
     def _start(self) -> None:
-        """Fill up the micro-batches in flight; parked ones do not count."""
+        """Fill up the micro-batches in flight; parked ones do not count.
+
+        At first nothing is begun before the servers of the plan have answered: all that waits would be parked, and then
+        go through the layers at once, each row as late as the last.
+        """
+        if not self._acquainted:
+            self._acquainted = self.view is not None and not self._exchange.settling
+            if not self._acquainted:
+                return
         while len(self._flights) < self._micro_batches and (batch := self._scheduler.schedule()) is not None:
             flight = Flight(self._decoder, batch.items, self._threads, self._clock())
             self._flights.add(flight)

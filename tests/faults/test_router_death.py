@@ -187,7 +187,7 @@ def _went_on(stream_and_tokens: tuple[Stream, int]) -> bool:
 
 def _in_use(cluster: Cluster, router: str) -> bool:
     """The gateway is connected to this incarnation of the router, and the router to all expert servers."""
-    _, online, since = cluster.log.read_text(errors="replace").rpartition(f"{router} __main__: online at")
+    _, online, since = cluster.log.read_text(errors="replace").rpartition(f"{router} router.process: online at")
     met = [f"connected to router {router}", *(f"{router} router.exchange: connected to {s}" for s in SERVERS)]
     lost = since.rfind(f"router {router} was lost")  # one that stood still is connected to again
     return bool(online) and all(text in since for text in met) and since.rfind(met[0]) > lost

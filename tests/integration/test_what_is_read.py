@@ -9,8 +9,8 @@ from expert_server.__main__ import ExpertServer
 from expert_server.config import Config as ExpertConfig
 from moering.checkpoint import Checkpoint
 from moering.protocol import Leave
-from router.__main__ import Router
 from router.config import Config as RouterConfig
+from router.process import Router
 from tests.integration.cluster import Cluster, wait_for
 
 

@@ -122,7 +122,8 @@ def test_each_process_gets_its_flags() -> None:
     bind = ["--id", "router-0", "--bind", "ipc:///run/r/router-0.0"]
     assert argv(config, "router-0") == ["router", *join, *bind, "--max-num-seqs", "4"]
     pair = dataclasses.replace(config, routers=2)
-    assert argv(pair, "router-0") == ["router", *join, *bind, "--nice", "--max-num-seqs", "4"]
+    beside = ["--nice", "--catch-up-lock", "/run/r/catch-up"]
+    assert argv(pair, "router-0") == ["router", *join, *bind, *beside, "--max-num-seqs", "4"]
     http = ["--host", "127.0.0.1", "--port", "8123", "--served-model-name", "default"]
     assert argv(config, "gateway-0") == ["gateway", *join, "--id", "gateway-0", *http, "--queue=7"]
 

@@ -17,10 +17,10 @@ from moering import protocol, transport
 from moering.checkpoint import Checkpoint
 from moering.protocol import Failed, Hello, MemberInfo, Sampling, Submit, Tokens, View
 from moering.shared_rows import SLOTS
-from router.__main__ import build_engine
 from router.config import Config
 from router.exchange import Exchange
 from router.frontend import Frontend
+from router.process import build_engine
 
 DEADLINE_S = 60.0
 
@@ -78,7 +78,9 @@ class Server:
 class MiniCluster:
     """`replication` replicas of each expert on `n` servers: expert e of layer l on servers (e + l), (e + l + 1), …"""
 
-    def __init__(self, directory, checkpoint_path, n=3, replication=2, beside=None, dtype=None, **options):
+    def __init__(
+        self, directory, checkpoint_path, n=3, replication=2, beside=None, dtype=None, published=True, **options
+    ):
         """`beside`: another cluster, whose servers this one's router uses, too. `dtype`: of rows; else the servers'."""
         self.directory, self.n, self.replication = directory, n, replication
         self.checkpoint, self.backend = Checkpoint(checkpoint_path), CpuBackend("auto", 1)
@@ -92,10 +94,12 @@ class MiniCluster:
         frontend = Frontend(socket, f"r{router}", router, 64, "m", self.checkpoint.digest)
         self.engine = build_engine(config, self.checkpoint, self.exchange, frontend, poller)
         self.epoch = 0
-        self.publish()
+        if published:
+            self.publish()
         self.thread = threading.Thread(target=self.engine.run, daemon=True)
         self.thread.start()
-        wait_for(lambda: len(self.exchange.dispatcher.health) == n)
+        if published:
+            wait_for(lambda: len(self.exchange.dispatcher.health) == n)
 
     def holders(self, layer, expert):
         return [(layer + expert + i) % self.n for i in range(self.replication)]
@@ -140,9 +144,11 @@ class Client:
         self.renormalized = defaultdict(int)
 
     def submit(self, name, prompt, emitted=(), **sampling):
+        self.socket.send(self.message(name, prompt, emitted, **sampling))
+
+    def message(self, name, prompt, emitted=(), **sampling):
         options = {"max_tokens": 16, "temperature": 0.0, "logits_digest": True, **sampling}
-        message = Submit(name, 0, list(prompt), list(emitted), Sampling(**options), DEADLINE_S)
-        self.socket.send(protocol.encode(message))
+        return protocol.encode(Submit(name, 0, list(prompt), list(emitted), Sampling(**options), DEADLINE_S))
 
     def receive(self):
         message, _ = protocol.decode(self.socket.recv_multipart())

@@ -322,3 +322,23 @@ def test_blocks_that_were_renormalized_are_not_shared(cluster, client, monkeypat
     client.submit("exact", prompt, max_tokens=2)
     client.until_ended(2)
     assert (prefixes.tokens_reused, len(prefixes)) == (0, 1)
+
+
+@pytest.mark.parametrize("cluster", [{"max_num_batched_tokens": 8, "published": False}], indirect=True)
+def test_nothing_is_begun_before_the_router_has_met_its_servers(cluster, client, reference, caplog):
+    """What began would be parked, and the next flight, and all of them go on at once when it has."""
+    submit_all(client)
+    wait_for(lambda: cluster.engine.queued == len(PROMPTS))
+    turns = cluster.engine.progress
+    wait_for(lambda: cluster.engine.progress > turns + 2)
+    assert cluster.engine.forwards == 0
+    cluster.publish()
+    assert client.until_ended(len(PROMPTS)) == reference
+    assert "no live replica" not in caplog.text
+
+
+def test_requests_that_arrive_in_one_message_are_begun_in_one_step(cluster, client, reference):
+    names = ["q0", "q3", "q5"]
+    client.socket.send_multipart([client.message(name, PROMPTS[name], max_tokens=1) for name in names])
+    assert client.until_ended(3) == {name: reference[name][:1] for name in names}
+    assert (cluster.engine.forwards, cluster.engine.forward_rows) == (1, sum(len(PROMPTS[name]) for name in names))

@@ -7,6 +7,7 @@ from unittest.mock import MagicMock
 import numpy as np
 
 from moering.protocol import View
+from router.catch_up import CatchUp
 from router.engine import Engine
 
 SHAPE, LAYER = (2, 3), 1
@@ -18,7 +19,7 @@ def make_engine(layers, experts):
     """One with a view of a model of this shape, without sockets and thread."""
     parts = dict.fromkeys(("decoder", "scheduler", "sampler")) | {"exchange": MagicMock(), "frontend": MagicMock()}
     limits = {"threads": 1, "micro_batches": 1, "missing_expert_timeout_s": 1.0}
-    engine = Engine(**parts, poller=MagicMock(), **limits)
+    engine = Engine(**parts, poller=MagicMock(), catch_up=CatchUp(""), **limits)
     follow(engine, layers, experts)
     return engine
 

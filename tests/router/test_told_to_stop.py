@@ -3,8 +3,8 @@
 import pytest
 
 from moering.protocol import MemberInfo, View
-from router.__main__ import Router
 from router.config import Config
+from router.process import Router
 from tests.integration.cluster import wait_for
 from tests.tiny import write_checkpoint
 
@@ -26,5 +26,5 @@ def test_the_log_is_written_by_the_thread_that_drains(router, caplog):
     router._on_view(View(1, 1, [router._identity, other], [], 0, 0, 0, b"", b"", 1, 0, 0, 0))
     router._terminate()
     wait_for("it has drained", lambda: router.engine._stopping)
-    said = [(r.threadName, r.getMessage().split(":")[0]) for r in caplog.records if r.name == "router.__main__"]
+    said = [(r.threadName, r.getMessage().split(":")[0]) for r in caplog.records if r.name == "router.process"]
     assert said == [("drain", "draining"), ("drain", "going")]

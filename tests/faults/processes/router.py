@@ -12,8 +12,9 @@ import time
 from typing import Any
 
 from moering.protocol import Tokens
-from router import __main__ as product
 from router import exchange
+from router import process as product
+from router.__main__ import main
 from router.engine import Engine
 from router.frontend import Frontend
 from tests.faults.processes.agent import Agent
@@ -63,4 +64,4 @@ if __name__ == "__main__":
     agent = start()
     advertise_relay(agent)
     install(agent)
-    sys.exit(product.main())
+    sys.exit(main())
