@@ -1,6 +1,6 @@
 """Bringing experts to the GPU from pinned host memory and from the page cache, and what computing notices of it.
 
-    python -m bench.residency --out residency.json
+    python -m bench.residency --weights fp8 --out residency.json
 
 Experts of Qwen3-30B-A3B's shape. Each phase computes calls of 8 rows over 8 experts, one after another; beside it a
 second thread promotes, loads, or does nothing.
@@ -14,6 +14,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,36 @@ import numpy as np
 import torch
 
 from expert_server.backend_cuda import CudaBackend
+from expert_server.formats_cuda import Bf16, Format, Fp8, nbytes
 from moering.checkpoint import ExpertWeights, RawTensor
 
 HIDDEN, INTERMEDIATE, EXPERTS, PHASE_S, DEVICE = 2048, 768, 64, 3.0, "cuda"
 
 
-def random_expert(seed: int) -> ExpertWeights:
-    """Weights in bf16, as a checkpoint's bytes."""
+FORMATS: dict[str, Format] = {"bf16": Bf16(HIDDEN, INTERMEDIATE), "fp8": Fp8(HIDDEN, INTERMEDIATE)}
+
+
+def random_expert(seed: int, weights: str) -> ExpertWeights:
+    """Weights as a checkpoint's bytes, "bf16" or "fp8"."""
     rng = np.random.default_rng(seed)
 
+    def raw(dtype: str, values: torch.Tensor) -> RawTensor:
+        return RawTensor(dtype, tuple(values.shape), values.view(torch.uint8).numpy().reshape(-1))
+
     def tensor(rows: int, depth: int) -> RawTensor:
-        values = torch.from_numpy(rng.standard_normal((rows, depth), np.float32) * depth**-0.5).bfloat16()
-        return RawTensor("BF16", (rows, depth), values.view(torch.uint8).numpy().reshape(-1))
+        values = torch.from_numpy(rng.standard_normal((rows, depth), np.float32))
+        if weights == "bf16":
+            return raw("BF16", (values * depth**-0.5).bfloat16())
+        scale = torch.full((rows // 128, depth // 128), depth**-0.5 / 64).bfloat16()
+        return replace(raw("F8_E4M3", (values * 64).to(torch.float8_e4m3fn)), scale=raw("BF16", scale))
 
     gate, up = tensor(INTERMEDIATE, HIDDEN), tensor(INTERMEDIATE, HIDDEN)
     return ExpertWeights(gate, up, tensor(HIDDEN, INTERMEDIATE), bytes(8))
 
 
-def phase(backend: CudaBackend, resident: Sequence[Any], beside: Callable[[int], object] | None) -> dict[str, float]:
+def phase(
+    backend: CudaBackend, resident: Sequence[Any], beside: Callable[[int], object] | None, expert_bytes: int
+) -> dict[str, float]:
     """Calls while `beside` runs again and again in another thread: milliseconds of both, and GB/s of the copies."""
     stop, took = threading.Event(), []
 
@@ -65,7 +78,6 @@ def phase(backend: CudaBackend, resident: Sequence[Any], beside: Callable[[int],
     found = {"call_ms": 1e3 * statistics.median(calls), "call_p99_ms": 1e3 * calls[int(0.99 * len(calls))],
              "call_max_ms": 1e3 * calls[-1], "calls": len(calls)}  # fmt: skip
     if took:
-        expert_bytes = 6 * HIDDEN * INTERMEDIATE
         found |= {"expert_ms": 1e3 * statistics.median(took), "expert_max_ms": 1e3 * max(took), "experts": len(took),
                   "gb_per_s": expert_bytes / statistics.median(took) / 1e9}  # fmt: skip
     return found
@@ -75,11 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--weights", choices=tuple(FORMATS), default="bf16")
     options = parser.parse_args(argv)
-    begun = time.perf_counter()
-    backend = CudaBackend(HIDDEN, INTERMEDIATE, 16, host_replicas=EXPERTS, device=DEVICE)
+    begun, weight_format = time.perf_counter(), FORMATS[options.weights]
+    backend = CudaBackend(weight_format, 16, host_replicas=EXPERTS, device=DEVICE)
     result: dict[str, Any] = {"card": torch.cuda.get_device_name(), "start_s": time.perf_counter() - begun}
-    weights = [random_expert(seed) for seed in range(EXPERTS)]
+    weights = [random_expert(seed, options.weights) for seed in range(EXPERTS)]
     for number, expert in enumerate(weights):
         backend.host_replicas.put((0, number), expert)
     resident = [backend.load(expert) for expert in weights[:8]]
@@ -90,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "alone again": None,
     }
     for name, beside in phases.items():
-        result[name] = phase(backend, resident, beside)
+        result[name] = phase(backend, resident, beside, nbytes(weight_format.parts))
         print(name, {key: round(value, 3) for key, value in result[name].items()}, flush=True)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1))

@@ -80,13 +80,14 @@ def make_backend(
 ) -> Backend:
     """The backend of `device`, "cpu" or "cuda"; imports torch. `capacity`: experts, 0 to go by the memory at hand.
 
-    `host_replicas`: further ones in pinned host memory. Raises `ConfigError` where the device is not there or has no
-    room for an expert.
+    `host_replicas`: further ones in pinned host memory. Raises `ConfigError` where the device is not there, has no room
+    for an expert or no kernels for its weights.
     """
     if device == "cpu":
         from expert_server.backend_cpu import CpuBackend
 
         return CpuBackend(arithmetic, threads)  # type: ignore[arg-type]
     from expert_server.backend_cuda import CudaBackend
+    from expert_server.formats_cuda import format_of
 
-    return CudaBackend(checkpoint.hidden_size, checkpoint.moe_intermediate_size, capacity, threads, host_replicas)
+    return CudaBackend(format_of(checkpoint), capacity, threads, host_replicas)

@@ -1,10 +1,10 @@
-"""Experts on a GPU: all of a server's experts in one tensor, one copy of rows and one launch per grouped call.
+"""Experts on a GPU: all of a server's experts in a few tensors, one copy of rows and one launch per grouped call.
 
 bf16 rows are copied from where they lie to the GPU, and the kernel writes its results where they are wanted; float32
-ones are rounded on the way. The copy of the lists, the tiles made of them and both kernels (of few pairs one, without
-tiles) are one CUDA graph for each shape: launching them one by one from Python takes longer than a decode step's rows
-take the GPU. All memory is allotted at the start, and every kernel compiled, so that computing can neither stall nor
-run out of memory.
+ones are rounded on the way. The copy of the lists, the tiles made of them and both kernels (of few pairs and bf16
+weights one, without tiles) are one CUDA graph for each shape: launching them one by one from Python takes longer than a
+decode step's rows take the GPU. All memory is allotted at the start, and every kernel compiled, so that computing can
+neither stall nor run out of memory.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from triton import next_power_of_2
 
+from expert_server.formats_cuda import Format, nbytes
 from expert_server.host_replicas_cuda import PinnedReplicas
 from expert_server.slots_cuda import CudaExpert, Slots
 from kernels import pinning
 from kernels.graphs import Graphs
 from kernels.tensors import rows_tensor
-from kernels.triton_expert_ffn import GroupedExperts, numerics_fingerprint
-from kernels.triton_few_pairs import MAX_PAIRS
 from kernels.triton_grouping import TILE_FIELDS, Grouping, list_sorted
+from kernels.triton_quantized_ffn import QuantizedTiling
 from kernels.triton_tiling import FFNTiling
 from moering.checkpoint import ExpertWeights
 from moering.errors import ConfigError
@@ -43,12 +43,11 @@ _ALIGN = 64  # integers
 
 
 class CudaBackend:
-    """See `expert_server.backend.Backend`. Weights, rows and results are bf16, in float32 frames as well."""
+    """See `expert_server.backend.Backend`. Rows and results are bf16, in float32 frames as well."""
 
     def __init__(
         self,
-        hidden: int,
-        intermediate: int,
+        weight_format: Format,
         capacity: int = 0,
         threads: int = 1,
         host_replicas: int = 0,
@@ -62,19 +61,21 @@ class CudaBackend:
         torch.set_grad_enabled(False)
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: PyTorch finds no GPU")
+        hidden, intermediate = weight_format.hidden, weight_format.intermediate
         self._device, self._hidden = torch.device(device), hidden
         self.pin: Pin | None = pinning.pin if self._device.type == "cuda" else None
         if capacity == 0:
             free, _ = torch.cuda.mem_get_info()
-            capacity = max(1, int(free * MEMORY_SHARE) // (6 * hidden * intermediate))
+            capacity = max(1, int(free * MEMORY_SHARE) // nbytes(weight_format.parts))
         self._workspace = _Workspace(hidden, intermediate, self._device)
-        self._slots = Slots(hidden, intermediate, capacity, self._device)
+        self._slots = Slots(weight_format, capacity, self._device)
         self.host_replicas = PinnedReplicas(self._slots, host_replicas)
-        self._kernels = GroupedExperts(self._slots.w13, self._slots.w2)
+        self._kernels = weight_format.kernels(self._slots.parts)
         self._graphs = Graphs(self._device)
-        self.fingerprint = numerics_fingerprint(self._device)
+        self.fingerprint = weight_format.fingerprint(self._device)
         self._warm_up(hidden)
-        logger.info("room for %d experts on %s", self._slots.capacity, self._device)
+        size = self._slots.expert_bytes
+        logger.info("room for %d experts of %d bytes on %s", self._slots.capacity, size, self._device)
 
     @property
     def capacity(self) -> int:
@@ -83,7 +84,7 @@ class CudaBackend:
 
     @property
     def dtype(self) -> str:
-        """Of weights, rows and results."""
+        """Of rows and results."""
         return "bfloat16"
 
     @property
@@ -102,7 +103,7 @@ class CudaBackend:
         return SPIN_S if self._device.type == "cuda" else 0.0
 
     def load(self, weights: ExpertWeights) -> CudaExpert:
-        """One expert, as bf16, in a slot; the caller's thread waits for the copy, computations do not."""
+        """One expert in a slot; the caller's thread waits for the copy, computations do not."""
         return self._slots.load(weights)
 
     def compute(
@@ -130,7 +131,7 @@ class CudaBackend:
         self, hidden: np.ndarray, rows: np.ndarray, counts: list[int], slots: list[int], out: np.ndarray
     ) -> None:
         pairs, experts = len(rows), len(counts)
-        if pairs <= MAX_PAIRS:
+        if pairs <= self._kernels.most_few_pairs:
             with self._workspace.call(hidden, rows, counts, np.repeat(slots, counts).tolist(), out):
                 self._graphs.run((pairs,), lambda: self._launch_few(pairs))
             return
@@ -139,9 +140,9 @@ class CudaBackend:
         most_tiles = experts if max(counts) <= block_m else experts + (pairs - experts) // block_m
         room = next_power_of_2(most_tiles)  # few shapes, so few graphs; programs that find no tile end at once
         with self._workspace.call(hidden, rows, counts, slots, out):
-            self._graphs.run((id(tiling), room), lambda: self._launch(tiling, room))
+            self._graphs.run((tiling, room), lambda: self._launch(tiling, room))
 
-    def _launch(self, tiling: FFNTiling, max_tiles: int) -> None:
+    def _launch(self, tiling: FFNTiling | QuantizedTiling, max_tiles: int) -> None:
         """From the lists in pinned memory to the results."""
         workspace = self._workspace
         grouping = workspace.fetch_grouping(max_tiles, tiling.block_m)
@@ -156,16 +157,22 @@ class CudaBackend:
 
     def _warm_up(self, hidden: int) -> None:
         """Compile what any number of pairs may need: one call of few pairs, and one for each tiling."""
-        seen = set()
-        for pairs in range(1, CALL_PAIRS + 1):
-            for experts in (1, min(pairs, self.capacity)):
-                tiling = None if pairs <= MAX_PAIRS else self._kernels.choose_tiling(pairs, experts)
-                if tiling not in seen:
-                    seen.add(tiling)
-                    counts = [pairs // experts] * experts
-                    counts[0] += pairs % experts
-                    x, out = np.zeros((1, hidden), np.int16), np.empty((pairs, hidden), np.int16)
-                    self._compute(x, np.zeros(pairs, np.int64), counts, list(range(experts)), out)
+        few, seen = self._kernels.most_few_pairs, set()
+        for pairs, experts in warm_up_calls(self.capacity):
+            tiling = None if pairs <= few else self._kernels.choose_tiling(pairs, experts)
+            if tiling not in seen:
+                seen.add(tiling)
+                counts = [pairs // experts] * experts
+                counts[0] += pairs % experts
+                x, out = np.zeros((1, hidden), np.int16), np.empty((pairs, hidden), np.int16)
+                self._compute(x, np.zeros(pairs, np.int64), counts, list(range(experts)), out)
+
+
+def warm_up_calls(capacity: int) -> Iterator[tuple[int, int]]:
+    """(pairs, experts that they are for) that meet every tiling."""
+    for pairs in range(1, CALL_PAIRS + 1):
+        yield pairs, 1
+        yield pairs, min(pairs, capacity)
 
 
 class _Workspace:

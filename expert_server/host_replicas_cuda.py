@@ -8,7 +8,7 @@ import torch
 
 from expert_server.memory import default_capacity
 from expert_server.residency import Key
-from expert_server.slots_cuda import SHRINK, CudaExpert, Slots, flatten
+from expert_server.slots_cuda import SHRINK, CudaExpert, Slots
 from kernels import pinning
 from moering.checkpoint import ExpertWeights
 
@@ -22,7 +22,7 @@ class PinnedReplicas:
     def __init__(self, slots: Slots, capacity: int) -> None:
         """Room for `capacity` experts, or for fewer where memory does not suffice."""
         self._slots = slots
-        self._memory = _pinned(slots.expert_size, capacity, slots.on_gpu)
+        self._memory = _pinned(slots.expert_bytes, capacity, slots.on_gpu)
         self.capacity = len(self._memory)
         self._free = list(range(self.capacity))
         self._held: dict[Key, tuple[int, bytes]] = {}
@@ -39,7 +39,7 @@ class PinnedReplicas:
     def put(self, key: Key, weights: ExpertWeights) -> None:
         """Take a copy; there must be room."""
         row = self._free.pop()
-        flatten(weights, self._memory[row])
+        self._slots.prepare(weights, self._memory[row])
         self._held[key] = row, weights.digest
 
     def promote(self, key: Key) -> tuple[CudaExpert, bytes] | None:
@@ -51,15 +51,15 @@ class PinnedReplicas:
 
 
 def _pinned(size: int, capacity: int, pin: bool) -> torch.Tensor:
-    """[capacity or fewer, size] bf16. The size is not rounded up to a power of two, as PyTorch's own pinning does."""
-    wanted, capacity = capacity, min(capacity, default_capacity(2 * size))
+    """[capacity or fewer, size] bytes, which is not rounded up to a power of two, as PyTorch's own pinning does."""
+    wanted, capacity = capacity, min(capacity, default_capacity(size))
     while capacity > 0:
-        memory = torch.empty(capacity, size, dtype=torch.bfloat16)
+        memory = torch.empty(capacity, size, dtype=torch.uint8)
         if not pin or pinning.register(memory.data_ptr(), memory.nbytes):
             break
         capacity = int(capacity * SHRINK)
     else:
-        memory = torch.empty(0, size, dtype=torch.bfloat16)
+        memory = torch.empty(0, size, dtype=torch.uint8)
     if capacity < wanted:
         logger.warning("pinned host memory has room for %d experts instead of %d", capacity, wanted)
     return memory

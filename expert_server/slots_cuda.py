@@ -1,4 +1,4 @@
-"""Room for experts in GPU memory, allotted once: slots of one tensor, filled on a stream of their own.
+"""Room for experts in GPU memory, allotted once: slots of a few tensors, filled on a stream of their own.
 
 Loading so never allocates, never waits for a computation, and no computation waits for it. A slot is free again when
 the last reference to its expert is gone; whoever computes with it holds one until the result is there.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from expert_server.backend import NoRoom
-from kernels.tensors import as_tensor
+from expert_server.formats_cuda import Format, nbytes, split
 from moering.checkpoint import ExpertWeights
 from moering.errors import ConfigError
 
@@ -36,42 +36,46 @@ class CudaExpert:
 
 
 class Slots:
-    """`w13` [capacity, 2 * intermediate, hidden] and `w2` [capacity, hidden, intermediate], bf16."""
+    """`parts`: the tensors of the format, each [capacity, …]."""
 
-    def __init__(self, hidden: int, intermediate: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, weight_format: Format, capacity: int, device: torch.device) -> None:
         """Room for `capacity` experts, or for fewer where memory does not suffice.
 
         Raises `ConfigError` when there is no room for one.
         """
-        self.w13, self.w2 = _allot(hidden, intermediate, capacity, device)
-        self.capacity = self.w13.shape[0]
+        self.format = weight_format
+        self.expert_bytes = nbytes(weight_format.parts)
+        self.parts = _allot(weight_format, capacity, device)
+        self.capacity = self.parts[0].shape[0]
         self._free = list(range(self.capacity - 1, -1, -1))
         self._released = threading.Condition(threading.RLock())  # a finalizer may run within any allocation here
         self.on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
-        self.expert_size = 3 * intermediate * hidden
-        self._staging = torch.empty(self.expert_size, dtype=torch.bfloat16, pin_memory=self.on_gpu)
+        self._staging = torch.empty(self.expert_bytes, dtype=torch.uint8, pin_memory=self.on_gpu)
 
     def load(self, weights: ExpertWeights) -> CudaExpert:
         """Copy an expert's weights to a free slot and wait until they are there; one thread at a time.
 
         Raises `NoRoom` when no slot gets free.
         """
-        flatten(weights, self._staging)
+        self.prepare(weights, self._staging)
         return self.fill(self._staging)
 
-    def fill(self, source: torch.Tensor) -> CudaExpert:
-        """The same for weights that `flatten` has put into pinned memory."""
+    def prepare(self, weights: ExpertWeights, memory: torch.Tensor) -> None:
+        """Put an expert into `expert_bytes` of host memory, as it will be on the GPU."""
+        self.format.fill(split(memory, self.format.parts), weights)
+
+    def fill(self, memory: torch.Tensor) -> CudaExpert:
+        """`load` of an expert that `prepare` has put into pinned memory."""
         expert = self._take()
-        w13, w2 = self.w13[expert.slot].view(-1), self.w2[expert.slot].view(-1)
-        self._copy(((w13, source[: w13.numel()]), (w2, source[w13.numel() :])))
+        self._copy([part[expert.slot] for part in self.parts], split(memory, self.format.parts))
         return expert
 
-    def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         with torch.cuda.stream(self._stream):  # None: a no-op
-            for target, source in pairs:
+            for target, source in zip(targets, sources, strict=True):
                 step = COPY_BYTES // source.element_size()
-                for piece, chunk in zip(target.split(step), source.split(step), strict=True):
+                for piece, chunk in zip(target.view(-1).split(step), source.view(-1).split(step), strict=True):
                     piece.copy_(chunk, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
@@ -90,25 +94,18 @@ class Slots:
             self._released.notify_all()
 
 
-def flatten(weights: ExpertWeights, out: torch.Tensor) -> None:
-    """An expert's three projections, one after another, as bf16: gate and up, then down."""
-    start = 0
-    for part in map(as_tensor, weights.parts):
-        out[start : start + part.numel()].copy_(part.reshape(-1))
-        start += part.numel()
-
-
-def _allot(hidden: int, intermediate: int, capacity: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _allot(weight_format: Format, capacity: int, device: torch.device) -> list[torch.Tensor]:
     wanted = capacity
     while capacity >= 1:
+        parts: list[torch.Tensor] = []
         try:
-            w13 = torch.zeros(capacity, 2 * intermediate, hidden, dtype=torch.bfloat16, device=device)
-            w2 = torch.zeros(capacity, hidden, intermediate, dtype=torch.bfloat16, device=device)
+            for shape, dtype in weight_format.parts:
+                parts.append(torch.zeros(capacity, *shape, dtype=dtype, device=device))
         except torch.OutOfMemoryError:
-            w13 = w2 = torch.empty(0)  # gives back the one that succeeded
+            parts.clear()  # gives back those that succeeded
             torch.cuda.empty_cache()
             capacity = int(capacity * SHRINK)
             logger.warning("out of GPU memory; trying again with room for %d experts instead of %d", capacity, wanted)
         else:
-            return w13, w2
-    raise ConfigError(f"no room in GPU memory for an expert of {6 * hidden * intermediate} bytes")
+            return parts
+    raise ConfigError(f"no room in GPU memory for an expert of {nbytes(weight_format.parts)} bytes")

@@ -8,6 +8,7 @@ that a turn of the word and a mask (or what is said below) put each of the two w
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +68,9 @@ def pack_fp8(data: torch.Tensor, scale: torch.Tensor) -> QuantizedWeight:
     if scale.shape != wanted or scale.dtype != torch.float32:
         raise ValueError(f"scales {tuple(scale.shape)} {scale.dtype}, want {wanted} float32")
     codes = data.contiguous().view(torch.uint8)
-    if bool((codes & 127 == 127).any()):
+    if codes.numel() and int((codes & 127).max()) == 127:
         raise ValueError("weights that are not a number")
-    return QuantizedWeight(_pack(codes, FP8_PLACES), scale.contiguous())
+    return QuantizedWeight(_pack(codes.view(torch.int16), FP8_PLACES), scale.contiguous())
 
 
 def pack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
@@ -95,23 +96,34 @@ def pack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
     exponents = scales.view(experts, rows, -1, 4).transpose(1, 2).to(torch.int64) + 110
     first, second, third, fourth = exponents.unbind(-1)
     words = first << 7 | second << 23 | third >> 1 | (third & 1) << 31 | fourth << 15
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
-    return QuantizedWeight(_pack(codes, MXFP4_PLACES), _as_int32(words).contiguous())
+    return QuantizedWeight(_pack(blocks, MXFP4_PLACES), _as_int32(words).contiguous())
 
 
-def _pack(codes: torch.Tensor, places: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    """codes [experts, rows, depth] uint8 -> words [experts, depth / 128, rows, 128 / codes per word] int32."""
-    experts, rows, depth = codes.shape
-    pairs, bits = len(places), len(places[0])
+def _pack(pairs: torch.Tensor, places: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """Codes to words [experts, depth / 128, rows, 128 / codes per word] int32.
+
+    pairs: [experts, rows, depth / 2], the codes of two columns in each number, the even one's in the low bits.
+    """
+    experts, rows, half = pairs.shape
+    tables = _tables(places).to(pairs.device)
+    runs, words = 2 * half // COLUMNS, COLUMNS // (8 * len(places))
+    pairs = pairs.view(experts, rows, runs, words, len(places), 4)
+    # pair, expert, run, row, thread, word: moved while numbers are small, that takes most of the time
+    pairs = pairs.permute(4, 0, 2, 1, 5, 3).reshape(len(places), -1).to(torch.int32) & (tables.shape[1] - 1)
+    packed = tables[0].index_select(0, pairs[0])
+    for table, pair in zip(tables[1:], pairs[1:], strict=True):
+        packed |= table.index_select(0, pair)
+    return packed.view(experts, runs, rows, 4 * words)
+
+
+@functools.cache
+def _tables(places: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """[pairs of a word, 4 ** bits] int32: what the codes of two columns contribute to a word."""
+    bits = len(places[0])
     halves = torch.tensor([0, 16])[:, None] + torch.tensor(places)[:, None]  # pair, odd, bit
     is_set = torch.arange(1 << bits)[:, None] >> torch.arange(bits - 1, -1, -1) & 1
-    table = _as_int32((is_set << (halves % 32)[:, :, None]).sum(-1)).to(codes.device)  # pair, odd, code
-    codes = codes.view(experts, rows, depth // COLUMNS, COLUMNS // (8 * pairs), pairs, 4, 2)
-    words = torch.zeros_like(codes[..., 0, :, 0], dtype=torch.int32)
-    for pair in range(pairs):
-        for odd in range(2):
-            words |= table[pair, odd][codes[..., pair, :, odd].to(torch.int32)]
-    return words.permute(0, 2, 1, 4, 3).flatten(-2).contiguous()
+    codes = (is_set << (halves % 32)[:, :, None]).sum(-1)  # pair, odd, code
+    return _as_int32(codes[:, 1, :, None] | codes[:, 0, None, :]).flatten(1)
 
 
 def _as_int32(words: torch.Tensor) -> torch.Tensor:

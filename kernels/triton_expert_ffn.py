@@ -35,6 +35,8 @@ class GroupedExperts:
     clamp of gpt-oss's activation.
     """
 
+    most_few_pairs = MAX_PAIRS  # that `few_pairs` takes
+
     def __init__(
         self,
         w13: torch.Tensor,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.quantized_weight import COLUMNS, QuantizedWeight
+from kernels.expert_ffn import PROBE_ROWS, fixed_values
+from kernels.quantized_weight import COLUMNS, QuantizedWeight, pack_fp8
 from kernels.triton_expert_ffn import check_biases
 from kernels.triton_grouping import Grouping, PairGrouper
 from kernels.triton_quantized_gemm import quantized_down_kernel, quantized_gate_up_kernel
@@ -40,7 +42,8 @@ def choose_quantized_tiling(pairs: int, num_experts: int, mxfp4: bool, hidden: i
     few_programs = min(pairs, num_experts) * hidden <= 50_000 and mean <= 20  # in down: each needs more under way
     down_n = 64 if few_programs and pairs <= 8 else 128
     if not mxfp4:
-        gate_up = GemmTiling(32, 128, 4) if pairs < num_experts else GemmTiling(64, 128, 3)
+        # below 1.5 also where only experts with pairs are counted: as few programs as in down
+        gate_up = GemmTiling(32, 128, 4) if mean < 1.5 else GemmTiling(64, 128, 3)
         down = GemmTiling(64, 128, 3) if mean > 20 else GemmTiling(down_n, 128, 4 if down_n == 64 else 3)
         return QuantizedTiling(block_m, gate_up, down)
     if pairs <= 8 or mean <= 2:
@@ -51,7 +54,9 @@ def choose_quantized_tiling(pairs: int, num_experts: int, mxfp4: bool, hidden: i
 
 
 class QuantizedExperts:
-    """As `GroupedExperts`, on quantised weights; bf16 rows in and out."""
+    """As `GroupedExperts`, on quantised weights, which too may be overwritten in place; bf16 rows in and out."""
+
+    most_few_pairs = 0  # there is no kernel for few pairs alone
 
     def __init__(
         self,
@@ -91,12 +96,16 @@ class QuantizedExperts:
             out = hidden_states.new_empty(pairs, self.hidden)
         if pairs == 0:
             return out
-        tiling = tiling or choose_quantized_tiling(pairs, self.num_experts, self.w13.mxfp4, self.hidden)
+        tiling = tiling or self.choose_tiling(pairs)
         grouping = self._grouper.group(experts, rows, top_k, tiling.block_m)
         activations = hidden_states.new_empty(pairs, self.intermediate)
         self.gate_up(hidden_states, grouping, activations, tiling)
         self.down(activations, grouping, out, tiling)
         return out
+
+    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> QuantizedTiling:
+        """See `choose_quantized_tiling`; num_experts: how many have pairs, where that is known."""
+        return choose_quantized_tiling(pairs, num_experts or self.num_experts, self.w13.mxfp4, self.hidden)
 
     def gate_up(self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, tiling: QuantizedTiling) -> None:
         """Gate and up product with SwiGLU; activations: [pairs, intermediate] in grouped order."""
@@ -108,12 +117,12 @@ class QuantizedExperts:
         )  # fmt: skip
 
     def down(self, activations: torch.Tensor, grouping: Grouping, out: torch.Tensor, tiling: QuantizedTiling) -> None:
-        """Down product; row `pair` of out gets the pair's result."""
-        gemm = tiling.down
+        """Down product; out: see GroupedExperts.down."""
+        gemm, out_at = tiling.down, out.dtype == torch.int64
         quantized_down_kernel[(grouping.max_tiles * triton.cdiv(self.hidden, gemm.block_n),)](
-            activations, *_operands(self.w2, 1, gemm), self._bias2, out, out.stride(0),
+            activations, *_operands(self.w2, 1, gemm), self._bias2, out, self.hidden if out_at else out.stride(0),
             grouping.order, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
-            BIAS=self._bias, **self._launch(tiling, gemm),
+            BIAS=self._bias, OUT_AT=out_at, **self._launch(tiling, gemm),
         )  # fmt: skip
 
     def _launch(self, tiling: QuantizedTiling, gemm: GemmTiling) -> dict[str, int | bool]:
@@ -121,6 +130,26 @@ class QuantizedExperts:
             "BLOCK_M": tiling.block_m, "GROUP_M": tiling.group_m, "BLOCK_N": gemm.block_n, "BLOCK_K": gemm.block_k,
             "num_warps": 4, "num_stages": gemm.stages, **self._constants,
         }  # fmt: skip
+
+
+def fp8_fingerprint(device: torch.device) -> str:
+    """As `triton_expert_ffn.numerics_fingerprint`, of an expert with fp8 weights."""
+    hidden, inter = 640, 896
+    experts = QuantizedExperts(_fixed_fp8(0, 2 * inter, hidden, device), _fixed_fp8(1, hidden, inter, device))
+    x = (fixed_values(2, (max(PROBE_ROWS), hidden)) * 16).to(device, torch.bfloat16)
+    digest = hashlib.blake2b(digest_size=16)
+    for rows in PROBE_ROWS:
+        ids = torch.zeros(rows, dtype=torch.int32, device=device)
+        digest.update(experts.forward(x[:rows], ids).float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fixed_fp8(stream: int, rows: int, depth: int, device: torch.device) -> QuantizedWeight:
+    """Codes of up to 256 whose scales, all different, make of them what `fixed_values` gives."""
+    codes = (fixed_values(stream, (rows, depth)) * 4096).to(torch.float8_e4m3fn)
+    scale = 1 / 4096 + fixed_values(stream + 10, (rows // COLUMNS, depth // COLUMNS)) / 1024
+    packed = pack_fp8(codes[None], scale[None])
+    return QuantizedWeight(packed.data.to(device), packed.scale.to(device))
 
 
 def _stored(depth: int) -> int:

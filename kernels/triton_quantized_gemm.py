@@ -113,9 +113,11 @@ def quantized_down_kernel(
     act_ptr, w_desc, scales, bias_ptr, out_ptr, out_stride, order_ptr, tiles_ptr, num_tiles_ptr,
     hidden, intermediate,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    MXFP4: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr,
+    MXFP4: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, OUT_AT: tl.constexpr,
 ):  # fmt: skip
     """As down_kernel."""
+    if OUT_AT:
+        out_ptr = tl.multiple_of(tl.load(out_ptr).to(tl.pointer_type(tl.bfloat16)), 16)
     num_tiles = tl.load(num_tiles_ptr)
     n_blocks = tl.cdiv(hidden, BLOCK_N)
     if tl.program_id(0) < num_tiles * n_blocks:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 
-from kernels.tensors import as_tensor
-from kernels.triton_expert_ffn import GroupedExperts
+from expert_server.formats_cuda import format_of, nbytes, split
 from moering.checkpoint import Checkpoint
 from router.micro_batch_cuda import MicroBatch
 
@@ -16,7 +16,7 @@ LOAD_THREADS = 4  # what takes long is hashing
 
 
 class LocalExperts:
-    """All experts of a checkpoint in GPU memory, bf16."""
+    """All experts of a checkpoint in GPU memory, in the format that expert servers keep them in."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cuda") -> None:
         self._device = torch.device(device)
@@ -32,13 +32,12 @@ class LocalExperts:
         mb.device_rows.put(np.arange(len(ids)), out.view(torch.int16).cpu().numpy())
 
 
-def _load_layer(checkpoint: Checkpoint, layer: int, device: torch.device) -> GroupedExperts:
-    c = checkpoint
-    hidden, inter = c.hidden_size, c.moe_intermediate_size
-    w13 = torch.empty(c.num_experts, 2 * inter, hidden, dtype=torch.bfloat16, device=device)
-    w2 = torch.empty(c.num_experts, hidden, inter, dtype=torch.bfloat16, device=device)
-    for expert in range(c.num_experts):
-        weights = c.expert(layer, expert)
-        for target, raw in zip((w13[expert, :inter], w13[expert, inter:], w2[expert]), weights.parts, strict=True):
-            target.copy_(as_tensor(raw))
-    return GroupedExperts(w13, w2)
+def _load_layer(checkpoint: Checkpoint, layer: int, device: torch.device) -> Any:
+    weight_format = format_of(checkpoint)
+    experts = [
+        split(torch.empty(nbytes(weight_format.parts), dtype=torch.uint8), weight_format.parts)
+        for _ in range(checkpoint.num_experts)
+    ]
+    for expert, parts in enumerate(experts):
+        weight_format.fill(parts, checkpoint.expert(layer, expert))
+    return weight_format.kernels([torch.stack(part).to(device) for part in zip(*experts, strict=True)])

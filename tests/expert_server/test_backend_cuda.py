@@ -9,34 +9,44 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import expert_server.backend_cuda as module
 from expert_server import host_replicas_cuda, slots_cuda
 from expert_server.backend import NoRoom
-from expert_server.backend_cuda import CudaBackend
+from expert_server.backend_cuda import CudaBackend, warm_up_calls
+from expert_server.formats_cuda import Bf16, Fp8, format_of
 from kernels import expert_ffn, reference
 from kernels.tensors import as_tensor
+from kernels.triton_few_pairs import MAX_PAIRS
+from kernels.triton_quantized_ffn import choose_quantized_tiling
+from kernels.triton_tiling import choose_tiling
 from moering.checkpoint import Checkpoint
+from moering.errors import ConfigError
 from moering.protocol import MAX_FRAME_BYTES
+from tests.fp8 import quantize
 from tests.interpreter import DEVICE
 from tests.tiny import write_checkpoint
 
 TOLERANCE = 1.2e-2 if DEVICE == "cpu" else 6e-3  # the interpreter truncates to bf16 where a GPU rounds
-HIDDEN, INTER = 64, 96
+SIZES = {"bf16": (64, 96), "fp8": (128, 256)}
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def checkpoint(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("c")
+    hidden, intermediate = SIZES[request.param]
+    path = write_checkpoint(directory / "bf16", hidden=hidden, intermediate=intermediate, layers=1, dtype="BF16")
+    return Checkpoint(path if request.param == "bf16" else quantize(path, directory / "fp8"))
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return Checkpoint(write_checkpoint(tmp_path_factory.mktemp("c"), hidden=HIDDEN, intermediate=INTER, dtype="BF16"))
-
-
-@pytest.fixture(scope="module")
-def backend():
+def backend(checkpoint):
     patch = pytest.MonkeyPatch()
     patch.setattr(module, "CALL_PAIRS", 64)
     patch.setattr(slots_cuda, "COPY_BYTES", 4000)
     patch.setattr(slots_cuda, "WAIT_S", 0.2)
-    yield CudaBackend(HIDDEN, INTER, 4, host_replicas=3, device=DEVICE)
+    yield CudaBackend(format_of(checkpoint), 4, host_replicas=3, device=DEVICE)
     patch.undo()
 
 
@@ -53,10 +63,10 @@ def test_results_are_those_of_the_reference(backend, checkpoint, counts):
     """Also of more pairs than a call takes, where one expert's pairs are cut."""
     rng = np.random.default_rng(1)
     experts = list(range(2, 2 + len(counts)))
-    hidden = rng.standard_normal((7, HIDDEN), np.float32)
+    hidden = rng.standard_normal((7, checkpoint.hidden_size), np.float32)
     rows = rng.integers(0, 7, sum(counts))
     loaded = [backend.load(checkpoint.expert(0, e)) for e in experts]
-    out = np.full((sum(counts), HIDDEN), np.nan, np.float32)
+    out = np.full((sum(counts), checkpoint.hidden_size), np.nan, np.float32)
     backend.compute(hidden, rows, counts, loaded, out)
     wanted = expected(checkpoint, hidden, rows, counts, experts)
     errors = (torch.from_numpy(out).double() - wanted).norm(dim=1) / wanted.norm(dim=1)
@@ -67,10 +77,10 @@ def test_results_are_those_of_the_reference(backend, checkpoint, counts):
 @pytest.mark.parametrize("counts", [[1], [20, 5], [100, 29, 2]])
 def test_rows_in_bf16_give_the_bits_that_float32_frames_carry(backend, checkpoint, counts):
     rng = np.random.default_rng(1)
-    half = torch.from_numpy(rng.standard_normal((7, HIDDEN), np.float32)).bfloat16()
+    half = torch.from_numpy(rng.standard_normal((7, checkpoint.hidden_size), np.float32)).bfloat16()
     rows = rng.integers(0, 7, sum(counts))
     loaded = [backend.load(checkpoint.expert(0, e)) for e in range(len(counts))]
-    wide, bits = (np.full((sum(counts), HIDDEN), -1, dtype) for dtype in (np.float32, np.int16))
+    wide, bits = (np.full((sum(counts), checkpoint.hidden_size), -1, dtype) for dtype in (np.float32, np.int16))
     backend.compute(half.float().numpy(), rows, counts, loaded, wide)
     backend.compute(half.view(torch.int16).numpy(), rows, counts, loaded, bits)
     assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16).float(), torch.from_numpy(wide))
@@ -88,7 +98,8 @@ def test_a_call_returns_when_the_gpu_has_done_with_its_rows(backend, checkpoint,
 
     monkeypatch.setattr(backend._workspace, "_cuda", True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *args: SimpleNamespace(synchronize=synchronize))
-    backend.compute(np.zeros((1, HIDDEN), dtype), None, [1], loaded, np.zeros((1, HIDDEN), dtype))
+    x, out = (np.zeros((1, checkpoint.hidden_size), dtype) for _ in range(2))
+    backend.compute(x, None, [1], loaded, out)
     assert waits == [1]
 
 
@@ -131,10 +142,10 @@ def test_a_replica_from_host_memory_is_the_expert_itself(backend, checkpoint):
     promoted, digest = host.promote((0, 2))
     assert digest == checkpoint.expert(0, 2).digest
     loaded = backend.load(checkpoint.expert(0, 2))
-    hidden = np.random.default_rng(2).standard_normal((2, HIDDEN), np.float32)
+    hidden = np.random.default_rng(2).standard_normal((2, checkpoint.hidden_size), np.float32)
     outs = []
     for expert in (promoted, loaded):
-        outs.append(np.full((2, HIDDEN), np.nan, np.float32))
+        outs.append(np.full((2, checkpoint.hidden_size), np.nan, np.float32))
         backend.compute(hidden, np.arange(2), [2], [expert], outs[-1])
     assert np.isfinite(outs[0]).all()
     assert np.array_equal(*outs)
@@ -159,7 +170,7 @@ def test_no_free_slot_leaves_the_replica_in_host_memory(backend, checkpoint):
 
 def test_too_little_host_memory_means_fewer_replicas(monkeypatch):
     monkeypatch.setattr(host_replicas_cuda, "default_capacity", lambda expert_bytes: 2)
-    slots = slots_cuda.Slots(64, 32, 1, torch.device(DEVICE))
+    slots = slots_cuda.Slots(Bf16(64, 32), 1, torch.device(DEVICE))
     assert host_replicas_cuda.PinnedReplicas(slots, 5).capacity == 2
     monkeypatch.setattr(slots, "on_gpu", True)
     runtime = SimpleNamespace(cudaHostRegister=lambda at, size, flags: 2 if size else 0)  # out of memory, every time
@@ -176,9 +187,53 @@ def test_out_of_memory_at_the_start_means_less_capacity(monkeypatch):
         return real(*shape, **options)
 
     monkeypatch.setattr(torch, "zeros", small)
-    slots = slots_cuda.Slots(64, 32, 10, torch.device(DEVICE))
+    slots = slots_cuda.Slots(Bf16(64, 32), 10, torch.device(DEVICE))
     assert slots.capacity == 4  # 10, 8, 6: too many
 
 
-def test_the_fingerprint_is_not_that_of_a_cpu(backend):
-    assert backend.fingerprint != expert_ffn.numerics_fingerprint()
+def test_the_fingerprint_is_not_that_of_a_cpu_or_of_other_weights(backend, checkpoint):
+    other = Fp8(128, 128) if checkpoint.expert_dtypes == {"BF16"} else Bf16(64, 96)
+    assert len({backend.fingerprint, other.fingerprint(torch.device(DEVICE)), expert_ffn.numerics_fingerprint()}) == 3
+
+
+def test_fp8_experts_take_a_byte_for_each_weight(tmp_path):
+    """And four for each block, in GPU memory, on the way there and in host memory."""
+    sizes = []
+    for weight_format in (Bf16(256, 384), Fp8(256, 384)):
+        slots = slots_cuda.Slots(weight_format, 3, torch.device(DEVICE))
+        size = sum(part.nbytes for part in slots.parts) // 3
+        assert size == slots.expert_bytes == slots._staging.nbytes
+        assert host_replicas_cuda.PinnedReplicas(slots, 2)._memory.shape == (2, size)
+        sizes.append(size)
+    weights = 3 * 256 * 384
+    assert sizes == [2 * weights, weights + 4 * weights // 128**2]
+
+
+def test_what_the_kernels_do_not_take_is_refused_by_name(tmp_path):
+    plain = write_checkpoint(tmp_path / "plain", hidden=128, intermediate=192, layers=1)
+    fp8 = quantize(plain, tmp_path / "fp8")
+    with pytest.raises(
+        ConfigError, match="hidden size 128 and intermediate size 192; the kernels take multiples of 128"
+    ):
+        format_of(Checkpoint(fp8))
+    tensors = load_file(fp8 / "model.safetensors")
+    name = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+    save_file(tensors | {name: tensors[name].bfloat16()}, fp8 / "model.safetensors")
+    with pytest.raises(ConfigError, match="experts in BF16, F8_E4M3; on a GPU either all of them are fp8 or none"):
+        format_of(Checkpoint(fp8))
+
+
+@pytest.mark.parametrize("hidden", [2048, 7168])
+def test_the_warm_up_meets_every_tiling(hidden, monkeypatch):
+    """One that is met later is compiled then, for seconds, while rows wait."""
+    monkeypatch.setattr(module, "CALL_PAIRS", most := 1024)
+
+    def tilings(calls):
+        calls = list(calls)
+        quantized = {choose_quantized_tiling(pairs, experts, False, hidden) for pairs, experts in calls}
+        several = [(pairs, experts) for pairs, experts in calls if pairs > MAX_PAIRS]
+        return quantized, [{choose_tiling(*call, ping_pong=way) for call in several} for way in (False, True)]
+
+    capacity = 128
+    every = ((pairs, experts) for pairs in range(1, most + 1) for experts in range(1, min(pairs, capacity) + 1))
+    assert tilings(warm_up_calls(capacity)) == tilings(every)

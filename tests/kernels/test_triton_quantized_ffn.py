@@ -75,6 +75,20 @@ def test_biases_and_the_clamped_activation(make: Callable[[int, int, int], Made]
     assert float(error.max()) < TOLERANCE
 
 
+@pytest.mark.parametrize("make", [fp8, mxfp4])
+def test_the_result_goes_to_an_address(make: Callable[[int, int, int], Made]) -> None:
+    """With the same bits, and nothing beside it."""
+    (w13, _), (w2, _) = make(3, 256, 128), make(3, 128, 128)
+    experts, hidden_states = QuantizedExperts(w13, w2), rows_of(5, 128)
+    ids, rows = ints([2] * 18 + [0, 1, 1]), ints([position % 5 for position in range(21)])
+    wanted = experts.forward(hidden_states, ids, rows)
+    out = torch.full((23, 128), -1, dtype=torch.bfloat16, device=DEVICE)
+    address = torch.tensor([out[1:].data_ptr()], dtype=torch.int64, device=DEVICE)
+    experts.forward(hidden_states, ids, rows, out=address)
+    assert torch.equal(out[1:22].view(torch.int16), wanted.view(torch.int16))
+    assert bool((out[[0, 22]] == -1).all())
+
+
 if DEVICE == "cuda":  # the interpreter multiplies with numpy, whose bits follow the shape of a tile
 
     @pytest.mark.parametrize("make", [fp8, mxfp4])

@@ -13,6 +13,7 @@ from router.decoder_cuda import Decoder
 from router.kv_cache_cuda import KVCache
 from router.sampler import Sampler
 from router.sampler_cuda import Sampler as CudaSampler
+from tests.fp8 import quantize, widen
 from tests.interpreter import DEVICE
 from tests.local_experts_cuda import LocalExperts
 from tests.router.decoding import Model, random_tokens
@@ -63,6 +64,20 @@ def test_logits_are_those_of_transformers(checkpoint):
     # a gate that rounds to another choice of experts moves a whole row: the median row is what arithmetic makes of it
     errors = (logits - expected).norm(dim=1) / expected.norm(dim=1)
     assert float(errors.median()) < TOLERANCE and float(errors.mean()) < 3 * TOLERANCE
+
+
+def test_logits_of_fp8_weights_are_those_of_what_they_stand_for(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    plain = write_checkpoint(tmp_path / "plain", "qwen3_moe", hidden=128, intermediate=128)
+    fp8 = quantize(plain, tmp_path / "fp8")
+    oracle = AutoModelForCausalLM.from_pretrained(widen(fp8, tmp_path / "wide", torch.float32), dtype=torch.float32)
+    tokens = random_tokens(70 if GPU else 9, seed=1)
+    with torch.no_grad():
+        expected = oracle.eval()(torch.tensor([tokens])).logits[0]
+    logits = CudaModel.open(fp8).prefill(tokens, [3, 1]).cpu()
+    errors = (logits - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(errors.median()) < TOLERANCE
 
 
 def test_decode_continues_prefill(qwen3):

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from expert_server.backend_cuda import CudaBackend
+from expert_server.formats_cuda import Bf16
 from router import device
 from router.decoder_cuda import Decoder
 from tests.interpreter import DEVICE
@@ -37,7 +38,7 @@ class Backend(CudaBackend):
     """One for all servers of the mini cluster."""
 
     def __init__(self, arithmetic, threads):
-        super().__init__(64, 96, 99, device=DEVICE)
+        super().__init__(Bf16(64, 96), 99, device=DEVICE)
         if DEVICE == "cpu":  # all memory there is like pinned memory: rows are read and written in the slots
             self.pin = lambda memory: lambda: None
 

@@ -1,0 +1,19 @@
+"""For how many experts a server says that it has room, where only its process's memory limits them."""
+
+from types import SimpleNamespace
+
+from expert_server import __main__ as product
+from expert_server.__main__ import ExpertServer
+from expert_server.config import Config
+from tests.fp8 import quantize
+from tests.tiny import write_checkpoint
+
+
+def test_fp8_experts_count_as_what_they_become(tmp_path, monkeypatch):
+    path = quantize(write_checkpoint(tmp_path / "plain", hidden=64, intermediate=96), tmp_path / "fp8")
+    server = ExpertServer(Config(str(path), bind=f"ipc://{tmp_path}/e", id="e0"))
+    server.service.start()
+    server._backend = SimpleNamespace(capacity=0)
+    monkeypatch.setattr(product, "default_capacity", lambda expert_bytes: 10**6 // expert_bytes)
+    assert server._capacity() == 10**6 // (2 * 3 * 64 * 96)
+    server.service.close()
