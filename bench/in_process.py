@@ -35,6 +35,7 @@ class LocalExchange:
         """Without `experts` the decoder has computed them."""
         self.dispatcher = Dispatcher()  # for its counters, all zero
         self.changed = False
+        self.acquainted = True
         self.due_s = math.inf  # nothing is waited for
         self.passed_over: dict[str, str] = {}
         self._experts, self._threads = experts, threads

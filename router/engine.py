@@ -251,7 +251,7 @@ class Engine:
         go through the layers at once, each row as late as the last.
         """
         if not self._acquainted:
-            self._acquainted = self.view is not None and not self._exchange.settling
+            self._acquainted = self._exchange.acquainted
             if not self._acquainted:
                 return
         while len(self._flights) < self._micro_batches and (batch := self._scheduler.schedule()) is not None:

@@ -79,6 +79,7 @@ class Exchange:
         self._hello, self._hidden_size, self._poller, self._clock = hello, hidden_size, poller, clock
         self._pin = pin
         self._members: dict[str, MemberInfo] = {}
+        self._planned = False
         self._connections: dict[str, Connection] = {}
         self._by_socket: dict[Any, Connection] = {}
         self._retry_at: dict[str, float] = {}
@@ -113,7 +114,7 @@ class Exchange:
     def view_changed(self, view: View) -> None:
         """Follow a newer plan: connect to who is new, let go of who is gone."""
         servers = {m.server_id: m for m in view.members if m.kind == "expert-server" and m.state != "OFFLINE"}
-        self._members = servers
+        self._members, self._planned = servers, True
         self._met &= {(m.server_id, m.incarnation) for m in servers.values()}
         self.dispatcher.view_changed(view, self._clock())
         for connection in list(self._connections.values()):
@@ -169,6 +170,11 @@ class Exchange:
         now, health = self._clock(), self.dispatcher.health
         known = {s: health[s].complaint(now) for s in list(health) if s in self._members}
         return dict.fromkeys(self.suspects, "unreachable") | {s: why for s, why in known.items() if why}
+
+    @property
+    def acquainted(self) -> bool:
+        """Whether there is a plan, and each server that serves by it has answered, or failed to."""
+        return self._planned and not self.settling
 
     @property
     def settling(self) -> bool:
