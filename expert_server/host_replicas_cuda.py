@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import torch
 
@@ -24,6 +25,8 @@ class PinnedReplicas:
         self._slots = slots
         self._memory = _pinned(slots.expert_bytes, capacity, slots.on_gpu)
         self.capacity = len(self._memory)
+        if self.capacity and slots.on_gpu:
+            weakref.finalize(self, pinning.unregister, self._memory.data_ptr()).atexit = False
         self._free = list(range(self.capacity))
         self._held: dict[Key, tuple[int, bytes]] = {}
 

@@ -36,8 +36,13 @@ def register(address: int, size: int) -> bool:
     return False
 
 
+def unregister(address: int) -> None:
+    """Undo `register`, before the memory is given back."""
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
 def _unpin(memory: np.ndarray) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+    unregister(memory.ctypes.data)
 
 
 @functools.cache
