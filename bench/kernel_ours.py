@@ -14,9 +14,9 @@ from bench.kernel_quantized import CheckpointWeight
 from kernels.quantized_weight import QuantizedWeight, pack_fp8, pack_mxfp4
 from kernels.triton_combine import combine
 from kernels.triton_expert_ffn import GroupedExperts
-from kernels.triton_few_pairs import MAX_PAIRS
 from kernels.triton_grouping import PairGrouper
 from kernels.triton_quantized_ffn import QuantizedExperts, choose_quantized_tiling
+from kernels.triton_small_tiles import MAX_PAIRS
 
 
 class Ours:
@@ -53,12 +53,7 @@ class Ours:
     def products(self, case: Case, variant: Any, act: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
         """Both products of grouped pairs."""
         grouping = self.grouper.group(case.experts, case.pair_rows, 1, variant.block_m)
-
-        def core() -> None:
-            self.experts.gate_up(case.hidden, grouping, act, variant)
-            self.experts.down(act, grouping, out, variant)
-
-        return core
+        return lambda: self.experts.ffn(case.hidden, grouping, act, out, variant)
 
 
 class OursQuantized(Ours):

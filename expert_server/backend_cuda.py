@@ -1,10 +1,10 @@
 """Experts on a GPU: all of a server's experts in a few tensors, one copy of rows and one launch per grouped call.
 
 bf16 rows are copied from where they lie to the GPU, and the kernel writes its results where they are wanted; float32
-ones are rounded on the way. The copy of the lists, the tiles made of them and both kernels (of few pairs and bf16
-weights one, without tiles) are one CUDA graph for each shape: launching them one by one from Python takes longer than a
-decode step's rows take the GPU. All memory is allotted at the start, and every kernel compiled, so that computing can
-neither stall nor run out of memory.
+ones are rounded on the way. The copy of the lists, the tiles made of them (not of few pairs) and the kernels that
+compute are one CUDA graph for each shape: launching them one by one from Python takes longer than a decode step's rows
+take the GPU. All memory is allotted at the start, and every kernel compiled, so that computing can neither stall nor
+run out of memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kernels import pinning
 from kernels.graphs import Graphs
 from kernels.tensors import rows_tensor
 from kernels.triton_grouping import TILE_FIELDS, Grouping, list_sorted
-from kernels.triton_quantized_ffn import QuantizedTiling
+from kernels.triton_small_tiles import SmallTiling
 from kernels.triton_tiling import FFNTiling
 from moering.checkpoint import ExpertWeights
 from moering.errors import ConfigError
@@ -142,12 +142,11 @@ class CudaBackend:
         with self._workspace.call(hidden, rows, counts, slots, out):
             self._graphs.run((tiling, room), lambda: self._launch(tiling, room))
 
-    def _launch(self, tiling: FFNTiling | QuantizedTiling, max_tiles: int) -> None:
+    def _launch(self, tiling: FFNTiling | SmallTiling, max_tiles: int) -> None:
         """From the lists in pinned memory to the results."""
         workspace = self._workspace
         grouping = workspace.fetch_grouping(max_tiles, tiling.block_m)
-        self._kernels.gate_up(workspace.x, grouping, workspace.activations, tiling)
-        self._kernels.down(workspace.activations, grouping, workspace.results_at, tiling)
+        self._kernels.ffn(workspace.x, grouping, workspace.activations, workspace.results_at, tiling)
 
     def _launch_few(self, pairs: int) -> None:
         """Likewise; the workspace has the slot of each pair."""
@@ -171,8 +170,8 @@ class CudaBackend:
 def warm_up_calls(capacity: int) -> Iterator[tuple[int, int]]:
     """(pairs, experts that they are for) that meet every tiling."""
     for pairs in range(1, CALL_PAIRS + 1):
-        yield pairs, 1
-        yield pairs, min(pairs, capacity)
+        for rows in (1, 4, 16, pairs):  # of each expert
+            yield pairs, min(-(-pairs // rows), capacity)
 
 
 class _Workspace:

@@ -231,7 +231,7 @@ def gate_up(
     x: torch.Tensor, w13: torch.Tensor, bias: torch.Tensor | None, limit: float, activations: torch.Tensor,
     grouping: Grouping, cut: Tiling, programs: int,
 ) -> None:  # fmt: skip
-    """See `GroupedExperts.gate_up`; bias: [experts, 2 * intermediate]."""
+    """The first product of `GroupedExperts.ffn`; bias: [experts, 2 * intermediate]."""
     if x.data_ptr() % 16 or x.stride(0) % 16:  # cp.async moves 16 bytes
         x = x.clone(memory_format=torch.contiguous_format)
     _launch(
@@ -244,7 +244,7 @@ def down(
     activations: torch.Tensor, w2: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
     grouping: Grouping, cut: Tiling, programs: int,
 ) -> None:  # fmt: skip
-    """See `GroupedExperts.down`; bias: [experts, hidden]."""
+    """The second one; bias: [experts, hidden]."""
     x = TensorDescriptor.from_tensor(activations, [PING_PONG.block_m, cut.block_k], SHARED.value)
     out_at = out.dtype == torch.int64
     _launch(

@@ -1,7 +1,7 @@
 """Grouped expert FFN of a server's local experts on a GPU, bf16, batch-invariant.
 
-See `triton_grouping` (which tile holds which pairs), `triton_grouped_gemm` (the arithmetic), `gluon_grouped_gemm` (the
-same for a few hundred rows per expert), docs/kernels.md (figures).
+See `triton_grouping` (which tile holds which pairs); the arithmetic: `triton_small_tiles` (few rows per expert),
+`triton_grouped_gemm` (many), `gluon_grouped_gemm` (a few hundred); docs/kernels.md (figures).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.expert_ffn import PROBE_ROWS, fixed_values
-from kernels.triton_few_pairs import MAX_PAIRS, few_pairs
 from kernels.triton_grouped_gemm import down_kernel, gate_up_kernel
 from kernels.triton_grouping import Grouping, PairGrouper
+from kernels.triton_small_tiles import MAX_PAIRS, SmallTiles, SmallTiling
 from kernels.triton_tiling import FFNTiling, Tiling, choose_tiling
 
 gluon_grouped_gemm: Any
@@ -58,11 +58,11 @@ class GroupedExperts:
         self._bias, self._limit = biases is not None, float(limit)
         self.num_experts, self.hidden, self.intermediate = experts, hidden, double // 2
         self._grouper = PairGrouper(experts, w13.device)
-        self._counters = torch.zeros(MAX_PAIRS, dtype=torch.int32, device=w13.device)
+        self._small_tiles = SmallTiles(w13, w2, biases, limit)
         self._ping_pong: bool = gluon_grouped_gemm is not None and gluon_grouped_gemm.admits(w13, w2)
         self._sms = torch.cuda.get_device_properties(w13.device).multi_processor_count if w13.is_cuda else 1
 
-    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> FFNTiling:
+    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> FFNTiling | SmallTiling:
         """See `triton_tiling.choose_tiling`; num_experts: how many have pairs, where that is known."""
         return choose_tiling(pairs, num_experts or self.num_experts, self._ping_pong)
 
@@ -73,7 +73,7 @@ class GroupedExperts:
         rows: torch.Tensor | None = None,
         top_k: int = 1,
         out: torch.Tensor | None = None,
-        tiling: FFNTiling | None = None,
+        tiling: FFNTiling | SmallTiling | None = None,
     ) -> torch.Tensor:
         """One unsummed row per (row, expert) pair; runs on the current stream, without synchronising.
 
@@ -92,41 +92,50 @@ class GroupedExperts:
             return out
         tiling = tiling or self.choose_tiling(pairs)
         grouping = self._grouper.group(experts, rows, top_k, tiling.block_m)
-        self.gate_up(hidden_states, grouping, activations, tiling)
-        self.down(activations, grouping, out, tiling)
+        self.ffn(hidden_states, grouping, activations, out, tiling)
         return out
 
     def few_pairs(
         self, x: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor | None, top_k: int,
         activations: torch.Tensor, out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """Everything for up to MAX_PAIRS pairs, in one launch; experts, rows, top_k: see `forward`, out: see `down`.
+        """Everything for up to MAX_PAIRS pairs, in one launch; experts, rows, top_k: see `forward`, the others: `ffn`.
 
         Calls share counters: they must follow each other, on one stream.
         """
-        few_pairs(
-            x, self.w13, self.w2, self._biases, self._limit, experts, rows, top_k, self._counters, activations, out
-        )  # fmt: skip
+        self._small_tiles.few_pairs(x, experts, rows, top_k, activations, out)
 
-    def gate_up(self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, tiling: FFNTiling) -> None:
-        """Gate and up product with SwiGLU; activations: [pairs, intermediate] in grouped order."""
+    def ffn(
+        self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, out: torch.Tensor,
+        tiling: FFNTiling | SmallTiling,
+    ) -> None:  # fmt: skip
+        """Both products, SwiGLU between them; row `pair` of out gets the pair's result.
+
+        activations: [pairs, intermediate], for the values between them.  out: [pairs, hidden]; or [1] int64, the
+        address of such rows, bf16 and contiguous, anywhere that the GPU can write. Calls that share a grouping must
+        follow each other.
+        """
+        if isinstance(tiling, SmallTiling):
+            self._small_tiles.ffn(x, grouping, activations, out, tiling)
+        else:
+            self._gate_up(x, grouping, activations, tiling)
+            self._down(activations, grouping, out, tiling)
+
+    def _gate_up(self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, tiling: FFNTiling) -> None:
         cut = tiling.gate_up
         if cut.ping_pong:
             bias = self._biases[0] if self._biases else None
             gluon_grouped_gemm.gate_up(x, self.w13, bias, self._limit, activations, grouping, cut, self._sms)
             return
-        stacked, paired = self.w13.view(-1, self.hidden), self.w13.view(-1, self.intermediate, self.hidden)
+        weights = self.w13.view(-1, self.intermediate, self.hidden)
         gate_up_kernel[self._grid(grouping, self.intermediate, cut)](
-            x, x.stride(0), TensorDescriptor.from_tensor(stacked, [cut.block_n, cut.block_k]),
-            TensorDescriptor.from_tensor(paired, [2, cut.block_n, cut.block_k]), self._bias13, activations,
-            grouping.rows, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
-            EVEN_K=self.hidden % cut.block_k == 0, BIAS=self._bias, LIMIT=self._limit, **_constants(tiling, cut),
+            x, x.stride(0), TensorDescriptor.from_tensor(weights, [2, cut.block_n, cut.block_k]),
+            self._bias13, activations, grouping.rows, grouping.tiles, grouping.num_tiles,
+            self.hidden, self.intermediate, EVEN_K=self.hidden % cut.block_k == 0, LIMIT=self._limit,
+            **self._constants(tiling, cut),
         )  # fmt: skip
 
-    def down(self, activations: torch.Tensor, grouping: Grouping, out: torch.Tensor, tiling: FFNTiling) -> None:
-        """Down product; row `pair` of out gets the pair's result. out: [pairs, hidden]; or [1] int64, the address of
-        such rows, bf16 and contiguous, anywhere that the GPU can write.
-        """
+    def _down(self, activations: torch.Tensor, grouping: Grouping, out: torch.Tensor, tiling: FFNTiling) -> None:
         cut, out_at = tiling.down, out.dtype == torch.int64
         if cut.ping_pong:
             bias = self._biases[1] if self._biases else None
@@ -134,16 +143,21 @@ class GroupedExperts:
             return
         weights = self.w2.view(-1, self.intermediate)
         down_kernel[self._grid(grouping, self.hidden, cut)](
-            activations, TensorDescriptor.from_tensor(activations, [tiling.block_m, cut.block_k]),
+            TensorDescriptor.from_tensor(activations, [tiling.block_m, cut.block_k]),
             TensorDescriptor.from_tensor(weights, [cut.block_n, cut.block_k]), self._bias2, out,
             self.hidden if out_at else out.stride(0), grouping.order, grouping.tiles, grouping.num_tiles,
-            self.hidden, self.intermediate, EVEN_K=self.intermediate % cut.block_k == 0, OUT_AT=out_at,
-            ACT_TMA=cut.act_tma, BIAS=self._bias, **_constants(tiling, cut),
+            self.hidden, self.intermediate, SWAP=cut.swap, OUT_AT=out_at, **self._constants(tiling, cut),
         )  # fmt: skip
 
     def _grid(self, grouping: Grouping, columns: int, cut: Tiling) -> tuple[int]:
         items = grouping.max_tiles * triton.cdiv(columns, cut.block_n)
-        return (min(items, self._sms * cut.programs_per_sm) if cut.programs_per_sm else items,)
+        return (min(items, self._sms * cut.programs_per_sm),)
+
+    def _constants(self, tiling: FFNTiling, cut: Tiling) -> dict[str, Any]:
+        return {
+            "BLOCK_M": tiling.block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k, "GROUP_M": cut.group_m,
+            "BIAS": self._bias, "num_warps": cut.warps, "num_stages": cut.stages,
+        }  # fmt: skip
 
     def _check(self, hidden_states: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor | None) -> None:
         if hidden_states.ndim != 2 or hidden_states.shape[1] != self.hidden or hidden_states.stride(1) != 1:
@@ -176,11 +190,3 @@ def check_biases(biases: tuple[torch.Tensor, torch.Tensor] | None, experts: int,
     for bias, columns in zip(biases or (), (double, hidden), strict=False):
         if bias.shape != (experts, columns) or not bias.is_contiguous():
             raise ValueError(f"a bias of shape {tuple(bias.shape)}, want contiguous {(experts, columns)}")
-
-
-def _constants(tiling: FFNTiling, cut: Tiling) -> dict[str, Any]:
-    return {
-        "BLOCK_M": tiling.block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k,
-        "GROUP_M": cut.group_m, "SWAP": cut.swap, "FLATTEN": cut.flatten,
-        "num_warps": cut.warps, "num_stages": cut.stages,
-    }  # fmt: skip

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 
 TILE_FIELDS = tl.constexpr(8)
-"""Size of a tile's entry: expert, first grouped position, rows, the expert's first tile, its tile count, unused."""
+"""Size of a tile's entry: expert, first grouped position, rows, the expert's first tile, its tile count, the position
+after its last row, a counter for who computes the tile, unused."""
+COUNTER_FIELD = tl.constexpr(6)
 
 SINGLE_PROGRAM_PAIRS = 2048
 """Up to here one program does everything in one launch; above, three launches spread over the device."""
@@ -44,6 +46,8 @@ def _write_tiles(expert, count, tiles_ptr, num_tiles_ptr, BLOCK_M: tl.constexpr)
         tl.store(entry + 2, tl.minimum(count - part * BLOCK_M, BLOCK_M), mask=here)
         tl.store(entry + 3, tile, mask=here)
         tl.store(entry + 4, tiles, mask=here)
+        tl.store(entry + 5, offset + count, mask=here)
+        tl.store(entry + COUNTER_FIELD, tl.zeros_like(count), mask=here)
     return offset
 
 

@@ -3,54 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.expert_ffn import PROBE_ROWS, fixed_values
 from kernels.quantized_weight import COLUMNS, QuantizedWeight, pack_fp8
 from kernels.triton_expert_ffn import check_biases
 from kernels.triton_grouping import Grouping, PairGrouper
-from kernels.triton_quantized_gemm import quantized_down_kernel, quantized_gate_up_kernel
+from kernels.triton_small_tiles import Cut, SmallTiles, SmallTiling
 
 
-@dataclass(frozen=True)
-class GemmTiling:
-    """How one GEMM is cut: weight rows (of gate, and as many of up) and depth per step; an fp8 step is 128 deep."""
-
-    block_n: int
-    block_k: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class QuantizedTiling:
-    """How both are cut. No choice changes a result's bits while gate/up's block_n is at least 32 and down's 64."""
-
-    block_m: int
-    gate_up: GemmTiling
-    down: GemmTiling
-    group_m: int = 8
-
-
-def choose_quantized_tiling(pairs: int, num_experts: int, mxfp4: bool, hidden: int) -> QuantizedTiling:
+def choose_quantized_tiling(pairs: int, num_experts: int, mxfp4: bool, hidden: int) -> SmallTiling:
     """The tiling for `pairs` pairs over `num_experts` local experts; measured at hidden 2048, 4096 and 7168."""
     mean = pairs / num_experts
     block_m = 16 if mean <= 10 else 32 if mean <= 20 else 64
-    few_programs = min(pairs, num_experts) * hidden <= 50_000 and mean <= 20  # in down: each needs more under way
-    down_n = 64 if few_programs and pairs <= 8 else 128
-    if not mxfp4:
-        # below 1.5 also where only experts with pairs are counted: as few programs as in down
-        gate_up = GemmTiling(32, 128, 4) if mean < 1.5 else GemmTiling(64, 128, 3)
-        down = GemmTiling(64, 128, 3) if mean > 20 else GemmTiling(down_n, 128, 4 if down_n == 64 else 3)
-        return QuantizedTiling(block_m, gate_up, down)
-    if pairs <= 8 or mean <= 2:
-        gate_up = GemmTiling(32, 256, 3)
-    else:
-        gate_up = GemmTiling(128 if mean <= 20 else 64, 128, 3)
-    return QuantizedTiling(block_m, gate_up, GemmTiling(down_n, 256 if few_programs else 128, 3))
+    if mean > 20:
+        return SmallTiling(block_m, Cut(64, 128, 3), Cut(128 if mxfp4 else 64, 128, 3), one_launch=False)
+    narrow = not mxfp4 and mean < 1.5  # also where only experts with pairs are counted
+    # With less than two down programs for each multiprocessor these are better spread by a launch of their own: in one
+    # with gate/up they start where those happen to end, several to a multiprocessor.
+    if min(pairs, num_experts) * hidden > 1 << 15:
+        return SmallTiling(block_m, Cut(32, 128, 4) if narrow and hidden <= 4096 else Cut(64, 128, 3), Cut(128, 128, 3))
+    down_n = 64 if pairs <= 8 else 128
+    if mxfp4:
+        gate_up = Cut(32, 256, 3) if pairs <= 8 or mean <= 2 else Cut(128, 128, 3)
+        return SmallTiling(block_m, gate_up, Cut(down_n, 256, 3), one_launch=False)
+    gate_up = Cut(32, 128, 4) if narrow else Cut(64, 128, 3)
+    return SmallTiling(block_m, gate_up, Cut(down_n, 128, 4 if down_n == 64 else 3), one_launch=False)
 
 
 class QuantizedExperts:
@@ -71,11 +51,9 @@ class QuantizedExperts:
             raise ValueError(f"w13 {w13.shape} and w2 {w2.shape} do not belong together")
         check_biases(biases, experts, double, hidden)
         self.w13, self.w2 = w13, w2
-        self._bias13, self._bias2 = biases or (w13.scale, w2.scale)  # not read without biases
-        self._bias, self._limit = biases is not None, float(limit)
         self.num_experts, self.hidden, self.intermediate = experts, hidden, double // 2
         self._grouper = PairGrouper(experts, w13.data.device)
-        self._constants = {"MXFP4": w13.mxfp4, "ASM": isinstance(quantized_down_kernel, triton.JITFunction)}
+        self._small_tiles = SmallTiles(w13, w2, biases, limit)
 
     def forward(
         self,
@@ -84,7 +62,7 @@ class QuantizedExperts:
         rows: torch.Tensor | None = None,
         top_k: int = 1,
         out: torch.Tensor | None = None,
-        tiling: QuantizedTiling | None = None,
+        tiling: SmallTiling | None = None,
     ) -> torch.Tensor:
         """See GroupedExperts.forward."""
         pairs = experts.numel()
@@ -99,37 +77,18 @@ class QuantizedExperts:
         tiling = tiling or self.choose_tiling(pairs)
         grouping = self._grouper.group(experts, rows, top_k, tiling.block_m)
         activations = hidden_states.new_empty(pairs, self.intermediate)
-        self.gate_up(hidden_states, grouping, activations, tiling)
-        self.down(activations, grouping, out, tiling)
+        self.ffn(hidden_states, grouping, activations, out, tiling)
         return out
 
-    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> QuantizedTiling:
+    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> SmallTiling:
         """See `choose_quantized_tiling`; num_experts: how many have pairs, where that is known."""
         return choose_quantized_tiling(pairs, num_experts or self.num_experts, self.w13.mxfp4, self.hidden)
 
-    def gate_up(self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, tiling: QuantizedTiling) -> None:
-        """Gate and up product with SwiGLU; activations: [pairs, intermediate] in grouped order."""
-        gemm = tiling.gate_up
-        quantized_gate_up_kernel[(grouping.max_tiles * triton.cdiv(self.intermediate, gemm.block_n),)](
-            x, x.stride(0), *_operands(self.w13, 2, gemm), self._bias13, activations,
-            grouping.rows, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
-            BIAS=self._bias, LIMIT=self._limit, **self._launch(tiling, gemm),
-        )  # fmt: skip
-
-    def down(self, activations: torch.Tensor, grouping: Grouping, out: torch.Tensor, tiling: QuantizedTiling) -> None:
-        """Down product; out: see GroupedExperts.down."""
-        gemm, out_at = tiling.down, out.dtype == torch.int64
-        quantized_down_kernel[(grouping.max_tiles * triton.cdiv(self.hidden, gemm.block_n),)](
-            activations, *_operands(self.w2, 1, gemm), self._bias2, out, self.hidden if out_at else out.stride(0),
-            grouping.order, grouping.tiles, grouping.num_tiles, self.hidden, self.intermediate,
-            BIAS=self._bias, OUT_AT=out_at, **self._launch(tiling, gemm),
-        )  # fmt: skip
-
-    def _launch(self, tiling: QuantizedTiling, gemm: GemmTiling) -> dict[str, int | bool]:
-        return {
-            "BLOCK_M": tiling.block_m, "GROUP_M": tiling.group_m, "BLOCK_N": gemm.block_n, "BLOCK_K": gemm.block_k,
-            "num_warps": 4, "num_stages": gemm.stages, **self._constants,
-        }  # fmt: skip
+    def ffn(
+        self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, out: torch.Tensor, tiling: SmallTiling
+    ) -> None:
+        """See GroupedExperts.ffn."""
+        self._small_tiles.ffn(x, grouping, activations, out, tiling)
 
 
 def fp8_fingerprint(device: torch.device) -> str:
@@ -155,15 +114,3 @@ def _fixed_fp8(stream: int, rows: int, depth: int, device: torch.device) -> Quan
 def _stored(depth: int) -> int:
     """A weight's depth as it is stored."""
     return triton.cdiv(depth, COLUMNS) * COLUMNS
-
-
-def _operands(
-    weight: QuantizedWeight, parts: int, gemm: GemmTiling
-) -> tuple[TensorDescriptor, TensorDescriptor | torch.Tensor]:
-    """A GEMM's weights and scales for a kernel whose tiles have rows of `parts` matrices."""
-    rows, words = weight.shape[1] // parts, weight.data.shape[-1]
-    block = [parts * gemm.block_k // COLUMNS, gemm.block_n]
-    data = TensorDescriptor.from_tensor(weight.data.view(-1, rows, words), [*block, words])
-    if weight.mxfp4:
-        return data, TensorDescriptor.from_tensor(weight.scale.view(-1, rows), block)
-    return data, weight.scale

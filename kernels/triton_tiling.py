@@ -1,4 +1,4 @@
-"""Which tile each regime gets above a few pairs, which are `triton_few_pairs`'.
+"""Which tile each regime gets above a few pairs.
 
 Any choice gives the same bits; docs/kernels.md has the measurements behind these.
 """
@@ -7,66 +7,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kernels.triton_small_tiles import Cut, SmallTiling
+
 
 @dataclass(frozen=True)
 class Tiling:
     """How one GEMM is cut.
 
     block_n, block_k: weight rows (of gate, and as many of up) and depth per step.
-    swap: weights are the left operand.  group_m: tiles of an expert that share a weight block before the next one.
-    flatten: the loads of a program's next item start under the last one.
-    act_tma: down reads activations through TMA.
-    programs_per_sm: 0 for one program per work item, else a grid that strides over the items.
-    ping_pong: by the kernel of `gluon_grouped_gemm`, of which warps, swap and flatten are not a choice.
+    group_m: tiles of an expert that share a weight block before the next one.
+    programs_per_sm: so many on each multiprocessor stride over the work items.
+    swap: weights are the left operand, in down.
+    ping_pong: by the kernel of `gluon_grouped_gemm`, of which warps and swap are not a choice.
     """
 
     block_n: int
     block_k: int
     warps: int
     stages: int
-    swap: bool = True
-    group_m: int = 1
-    flatten: bool = False
-    act_tma: bool = False
-    programs_per_sm: int = 0
+    group_m: int
+    programs_per_sm: int = 1
+    swap: bool = False
     ping_pong: bool = False
 
 
 @dataclass(frozen=True)
 class FFNTiling:
-    """Tile height in rows, how both GEMMs are cut."""
+    """Tile height in rows, how both GEMMs of `triton_grouped_gemm` are cut."""
 
     block_m: int
     gate_up: Tiling
     down: Tiling
 
 
-_UP_TO_6 = FFNTiling(16, Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 5, flatten=True, act_tma=True, programs_per_sm=2))
-_UP_TO_20 = FFNTiling(
-    32,
-    Tiling(128, 128, 8, 3, group_m=4),
-    Tiling(128, 128, 8, 5, group_m=4, flatten=True, act_tma=True, programs_per_sm=1),
-)
-_UP_TO_90 = FFNTiling(
-    64,
-    Tiling(128, 64, 4, 5, swap=False, group_m=4, flatten=True, programs_per_sm=1),
-    Tiling(128, 64, 4, 3, group_m=4, flatten=True, act_tma=True, programs_per_sm=3),
-)
-_LARGE = FFNTiling(
-    128,
-    Tiling(128, 64, 8, 4, swap=False, group_m=8, flatten=True, programs_per_sm=1),
-    Tiling(256, 64, 8, 4, swap=False, group_m=8, flatten=True, act_tma=True, programs_per_sm=1),
-)
-PING_PONG = FFNTiling(
-    64,
-    Tiling(128, 64, 4, 5, swap=False, group_m=16, programs_per_sm=1, ping_pong=True),
-    Tiling(256, 64, 4, 5, swap=False, group_m=16, act_tma=True, programs_per_sm=1, ping_pong=True),
-)
+_UP_TO_6 = SmallTiling(16, Cut(64, 128, 3), Cut(64, 128, 5))
+_UP_TO_20 = SmallTiling(32, Cut(128, 128, 3), Cut(128, 128, 5), warps=8)
+_UP_TO_90 = FFNTiling(64, Tiling(128, 64, 4, 5, 4), Tiling(128, 64, 4, 3, 4, programs_per_sm=3, swap=True))
+_LARGE = FFNTiling(128, Tiling(128, 64, 8, 4, 8), Tiling(256, 64, 8, 4, 8))
+PING_PONG = FFNTiling(64, Tiling(128, 64, 4, 5, 16, ping_pong=True), Tiling(256, 64, 4, 5, 16, ping_pong=True))
 """91 to 1100 rows per expert, for weights that `gluon_grouped_gemm.admits`."""
 _BY_MEAN_ROWS = ((6, _UP_TO_6), (20, _UP_TO_20), (90, _UP_TO_90))
 
 
-def choose_tiling(pairs: int, num_experts: int, ping_pong: bool = False) -> FFNTiling:
+def choose_tiling(pairs: int, num_experts: int, ping_pong: bool = False) -> FFNTiling | SmallTiling:
     """The tiling for `pairs` pairs over `num_experts` local experts, by the mean number of rows per expert.
 
     ping_pong: whether `PING_PONG` may be chosen.

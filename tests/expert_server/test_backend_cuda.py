@@ -18,8 +18,8 @@ from expert_server.backend_cuda import CudaBackend, warm_up_calls
 from expert_server.formats_cuda import Bf16, Fp8, format_of
 from kernels import expert_ffn, reference
 from kernels.tensors import as_tensor
-from kernels.triton_few_pairs import MAX_PAIRS
 from kernels.triton_quantized_ffn import choose_quantized_tiling
+from kernels.triton_small_tiles import MAX_PAIRS
 from kernels.triton_tiling import choose_tiling
 from moering.checkpoint import Checkpoint
 from moering.errors import ConfigError
@@ -223,8 +223,9 @@ def test_what_the_kernels_do_not_take_is_refused_by_name(tmp_path):
         format_of(Checkpoint(fp8))
 
 
+@pytest.mark.parametrize("capacity", [16, 128, 1024])
 @pytest.mark.parametrize("hidden", [2048, 7168])
-def test_the_warm_up_meets_every_tiling(hidden, monkeypatch):
+def test_the_warm_up_meets_every_tiling(hidden, capacity, monkeypatch):
     """One that is met later is compiled then, for seconds, while rows wait."""
     monkeypatch.setattr(module, "CALL_PAIRS", most := 1024)
 
@@ -234,6 +235,5 @@ def test_the_warm_up_meets_every_tiling(hidden, monkeypatch):
         several = [(pairs, experts) for pairs, experts in calls if pairs > MAX_PAIRS]
         return quantized, [{choose_tiling(*call, ping_pong=way) for call in several} for way in (False, True)]
 
-    capacity = 128
     every = ((pairs, experts) for pairs in range(1, most + 1) for experts in range(1, min(pairs, capacity) + 1))
     assert tilings(warm_up_calls(capacity)) == tilings(every)

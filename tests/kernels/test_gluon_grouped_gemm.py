@@ -170,9 +170,8 @@ if HOPPER:
         expected = experts.forward(x, ids, tiling=LARGE)
         grouping = experts._grouper.group(ids, None, 1, PING_PONG.block_m)
         activations, out = normal(len(ids), 448), torch.empty_like(expected)
-        experts.gate_up(x, grouping, activations, PING_PONG)
         address = torch.tensor([out.data_ptr()], device="cuda")
-        experts.down(activations, grouping, address, PING_PONG)
+        experts.ffn(x, grouping, activations, address, PING_PONG)
         assert torch.equal(out[ids >= 0].view(torch.int16), expected[ids >= 0].view(torch.int16))
 
     def test_a_list_without_tiles_is_not_read() -> None:
@@ -181,7 +180,6 @@ if HOPPER:
         tiles = torch.full((300, TILE_FIELDS.value), 0x7F7F7F7F, dtype=torch.int32, device="cuda")
         grouping = Grouping(numbers, numbers, tiles, torch.zeros_like(numbers[:1]), PING_PONG.block_m)
         activations, out = torch.zeros(300, 448).bfloat16().cuda(), torch.zeros(300, 576).bfloat16().cuda()
-        experts.gate_up(normal(300, 576), grouping, activations, PING_PONG)
-        experts.down(normal(300, 448), grouping, out, PING_PONG)
+        experts.ffn(normal(300, 576), grouping, activations, out, PING_PONG)
         torch.cuda.synchronize()
         assert not activations.any() and not out.any()

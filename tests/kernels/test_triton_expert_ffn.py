@@ -8,8 +8,8 @@ import torch
 from kernels import reference
 from kernels.triton_combine import combine
 from kernels.triton_expert_ffn import GroupedExperts
-from kernels.triton_few_pairs import MAX_PAIRS
-from kernels.triton_grouping import SINGLE_PROGRAM_PAIRS, PairGrouper
+from kernels.triton_grouping import COUNTER_FIELD, SINGLE_PROGRAM_PAIRS, PairGrouper
+from kernels.triton_small_tiles import MAX_PAIRS, Cut, SmallTiling
 from kernels.triton_tiling import FFNTiling, Tiling, choose_tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,16 +17,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 EXACT_DTYPES = DTYPES[:-1] if DEVICE == "cpu" else DTYPES
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.2e-2 if DEVICE == "cpu" else 6e-3}
-SMALL = FFNTiling(16, Tiling(32, 32, 4, 2), Tiling(64, 32, 4, 2, act_tma=True))
-GROUPED = FFNTiling(
-    32, Tiling(32, 32, 4, 2, swap=False, group_m=2, programs_per_sm=3), Tiling(32, 32, 4, 2, swap=False, group_m=2)
-)
-PERSISTENT = FFNTiling(
-    16,
-    Tiling(16, 64, 4, 2, swap=False, flatten=True, programs_per_sm=2),
-    Tiling(32, 16, 4, 2, swap=False, flatten=True, act_tma=True, programs_per_sm=2),
-)
-TILINGS = {"small": SMALL, "grouped": GROUPED, "persistent": PERSISTENT}
+SMALL = SmallTiling(16, Cut(64, 32, 2), Cut(64, 32, 2))
+TOGETHER = SmallTiling(16, Cut(32, 64, 2), Cut(32, 32, 2), group_m=2)  # gate and up in one operand
+APART = SmallTiling(32, Cut(64, 64, 2), Cut(128, 64, 2), group_m=1, one_launch=False)
+LARGE = FFNTiling(32, Tiling(32, 32, 4, 2, group_m=2, programs_per_sm=3), Tiling(32, 16, 4, 2, group_m=2))
+SWAPPED = FFNTiling(16, Tiling(16, 64, 4, 2, group_m=1), Tiling(64, 32, 4, 2, group_m=1, programs_per_sm=2, swap=True))
+TILINGS: dict[str, FFNTiling | SmallTiling] = {
+    "small": SMALL,
+    "together": TOGETHER,
+    "apart": APART,
+    "large": LARGE,
+    "swapped": SWAPPED,
+}
 
 
 def weights(experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +105,7 @@ def test_few_pairs_in_one_launch(
         local = experts >= 0
         assert worst_row_error(out[local], expected[local]) < TOLERANCE[dtype]
         assert bool(out[~local].isnan().all())
-        assert not layer._counters.any()
+        assert not layer._small_tiles._of_pairs.any()
 
 
 @pytest.mark.parametrize("name", [*TILINGS, None])
@@ -151,6 +153,21 @@ if DEVICE == "cuda":  # the interpreter multiplies with numpy, whose bits follow
             assert torch.equal(bits(got), bits(wanted[: 2 * rows]))
 
 
+@pytest.mark.parametrize("name", ["small", "together"])
+def test_calls_with_one_grouping_find_its_counters_at_zero(name: str) -> None:
+    w13, w2 = weights(4, 136, 104, torch.float16)
+    layer, tiling = GroupedExperts(w13, w2), TILINGS[name]
+    experts, rows = ints([3] * 70 + [0, 1, 1]), ints([position % 9 for position in range(73)])
+    grouping = PairGrouper(4, experts.device).group(experts, rows, 0, tiling.block_m)
+    for seed in (1, 2):
+        hidden_states = rows_of(9, 136, torch.float16, seed)
+        activations, out = poisoned(73, 104, torch.float16), poisoned(73, 136, torch.float16)
+        layer.ffn(hidden_states, grouping, activations, out, tiling)
+        expected = reference.expert_ffn(hidden_states, w13, w2, experts, rows)
+        assert worst_row_error(out, expected) < TOLERANCE[torch.float16]
+        assert not grouping.tiles[: int(grouping.num_tiles), COUNTER_FIELD.value].any()
+
+
 @pytest.mark.parametrize("pairs", [1, 7, 300, SINGLE_PROGRAM_PAIRS + 5])
 def test_grouping_places_every_local_pair_once(pairs: int) -> None:
     generator = torch.Generator().manual_seed(pairs)
@@ -160,12 +177,15 @@ def test_grouping_places_every_local_pair_once(pairs: int) -> None:
     for _ in range(2):  # the second call finds the counters as the first one left them
         grouping = grouper.group(experts, rows, 0, block_m=16)
         seen = []
-        for expert, start, count, first, tiles, *_ in grouping.tiles[: int(grouping.num_tiles)].tolist():
+        for expert, start, count, first, tiles, end, counter, _ in grouping.tiles[: int(grouping.num_tiles)].tolist():
             assert 0 < count <= 16
+            assert counter == 0
+            assert start + count == min(end, start + 16)
             members = grouping.order[start : start + count]
             assert bool((experts[members.long()] == expert).all())
             assert torch.equal(grouping.rows[start : start + count], rows[members.long()])
             assert tiles == -(-int((experts == expert).sum()) // 16)
+            assert end == grouping.tiles[first, 1] + (experts == expert).sum()
             assert grouping.tiles[first, 0] == expert
             assert first == 0 or grouping.tiles[first - 1, 0] < expert
             seen += members.tolist()

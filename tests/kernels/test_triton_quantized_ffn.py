@@ -11,6 +11,7 @@ import torch
 from kernels import reference
 from kernels.quantized_weight import QuantizedWeight, pack_fp8, pack_mxfp4
 from kernels.triton_quantized_ffn import QuantizedExperts, choose_quantized_tiling
+from kernels.triton_small_tiles import Cut, SmallTiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 6e-3 if DEVICE == "cuda" else 1.2e-2  # the interpreter truncates to bf16 where a GPU rounds
@@ -46,15 +47,19 @@ def rows_of(count: int, hidden: int) -> torch.Tensor:
 
 
 # MXFP4 rows need not fill a tile; fp8 blocks do
+@pytest.mark.parametrize("one_launch", [True, False])
 @pytest.mark.parametrize(
     ("make", "hidden", "intermediate"), [(fp8, 256, 128), (fp8, 128, 256), (mxfp4, 192, 64), (mxfp4, 64, 320)]
 )
-def test_against_the_dense_weights(make: Callable[[int, int, int], Made], hidden: int, intermediate: int) -> None:
+def test_against_the_dense_weights(
+    make: Callable[[int, int, int], Made], hidden: int, intermediate: int, one_launch: bool
+) -> None:
     (w13, dense13), (w2, dense2) = make(4, 2 * intermediate, hidden), make(4, hidden, intermediate)
     hidden_states = rows_of(5, hidden)
     experts, rows = ints([2] * 18 + [0, 3, -1, 2]), ints([position % 5 for position in range(22)])
     out = torch.full((22, hidden), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    QuantizedExperts(w13, w2).forward(hidden_states, experts, rows, out=out)
+    tiling = SmallTiling(16, Cut(32, 128, 3), Cut(128, 128, 3), one_launch=one_launch)
+    QuantizedExperts(w13, w2).forward(hidden_states, experts, rows, out=out, tiling=tiling)
     expected = reference.expert_ffn(hidden_states, dense13, dense2, experts, rows)
     local = experts >= 0
     error = (out[local].double() - expected[local]).norm(dim=1) / expected[local].norm(dim=1)
@@ -100,10 +105,16 @@ if DEVICE == "cuda":  # the interpreter multiplies with numpy, whose bits follow
         ids = torch.rand(4096, 8, generator=torch.Generator().manual_seed(5)).topk(2).indices.to(DEVICE, torch.int32)
         ids = ids.contiguous()
         wanted = experts.forward(hidden_states, ids.view(-1), top_k=2)[: 2 * rows].view(torch.int16)
-        for n, hidden in itertools.product((1, 12, 40, 100, 4096), (256, 8192)):
+        for n, hidden in itertools.product((1, 12, 40, 100, 4096), (256, 4096, 8192)):
             tiling = choose_quantized_tiling(n, 8, w13.mxfp4, hidden)
             got = experts.forward(hidden_states[:rows], ids[:rows].reshape(-1), top_k=2, tiling=tiling)
             assert torch.equal(got.view(torch.int16), wanted)
+
+
+def test_one_launch_where_down_fills_the_multiprocessors() -> None:
+    one = [(16, 128, 2048), (64, 128, 2048), (5, 32, 7168), (16, 8, 4096), (160, 8, 7168), (10_000, 128, 2048)]
+    got = [choose_quantized_tiling(pairs, experts, False, hidden).one_launch for pairs, experts, hidden in one]
+    assert got == [False, True, True, False, True, False]
 
 
 def test_arguments_are_checked() -> None:
