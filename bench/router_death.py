@@ -1,18 +1,21 @@
 """What the death of a router costs its streams and the others: ``python -m bench.router_death --model default``.
 
 Two clusters in one run, with two routers and with one. In each the same requests run once undisturbed (throughput, and
-what every stream must bring), then again and again while a router is killed. A gap is held against `allowance` seconds
-+ what its tokens cost without a failure: on the cluster with one router, so many prompts of so many tokens arrive at
-once, beside as many streams as went on, and the waits for their first tokens are taken.
+what every stream must bring), then once for each two kills of a router. With two routers the second kill is of the one
+that has all streams since the first. A gap is held against `allowance` seconds + what its tokens cost without a
+failure: so many prompts of so many tokens arrive at once at a cluster with one router that does nothing else, and the
+waits for their first tokens are taken. They are taken as soon as the streams of the kill have ended, since the speed of
+a machine that others use changes within minutes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,12 @@ from moering.config import option
 from moering.errors import ConfigError, MoeringError
 
 LOOK_S = 0.02
+WARM_TOKENS = 16
+KILLS_PER_ROUND = 2
+SENT_S = 0.05
+"""What comes so soon after a kill, the dead router had sent."""
+JITTER_S = 0.3
+"""Longer than a step: a kill's moment has nothing to do with the arrival that it was waited for with."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +49,16 @@ class RouterDeathConfig:
     model: str = option("default", "model to serve: a checkpoint directory, or 'default'")
     serve_flags: tuple[str, ...] = option((), "further flags of moering serve, separated by commas")
     ready_timeout: float = option(600.0, "seconds within which a started cluster must be ready")
-    times: int = option(10, "kills on each cluster")
-    calm: float = option(4.0, "seconds without a fault before each one")
+    times: int = option(4, "kills on each cluster, two in a round of the streams")
     restore_timeout: float = option(120.0, "seconds within which the cluster must be as before")
     streams: int = option(8, "concurrent streams")
-    requests: int = option(16, "distinct requests, repeated in turn")
+    requests: int = option(8, "distinct requests, repeated in turn")
     prompt_tokens: str = option("16-64", "prompt length, fixed or a range")
-    output_tokens: str = option("200-300", "output length, fixed or a range")
+    output_tokens: str = option("150-200", "output length, fixed or a range")
     vocab_size: int = option(2048, "prompt ids are below this")
     allowance: float = option(1.0, "seconds that a gap may exceed the prefill of its tokens")
     timeout: float = option(120.0, "seconds without a byte after which a request counts as failed")
-    seed: int = option(0, "of prompts, sampling and victims")
+    seed: int = option(0, "of prompts, sampling and moments")
     out: str = option("bench-router-death", "directory for router_death.json and the clusters' logs")
 
     def __post_init__(self) -> None:
@@ -68,11 +76,20 @@ class Gap:
 
 @dataclass(frozen=True)
 class Death:
-    """One kill: the gaps of the streams that had to move and of those that did not, and when a new router served."""
+    """One kill: the gaps of the streams that had to move and of those that did not, and when a new router served.
+
+    `prefill_s`: what the moved streams' tokens cost without a failure. It and both lists of gaps are longest first.
+    """
 
     moved: list[Gap]
     others: list[Gap]
     replaced_s: float
+    prefill_s: list[float] = field(default_factory=list)
+
+    def over_s(self, *, held: bool) -> list[float]:
+        """By how much each gap exceeds its prefill, and with `held` the time without a router, too."""
+        wait_s = self.replaced_s if held else 0.0
+        return [gap.seconds - p - wait_s for gap, p in zip(self.moved, self.prefill_s, strict=True)]
 
 
 @dataclass
@@ -98,26 +115,28 @@ def split(gaps: Sequence[Gap], moved: int) -> tuple[list[Gap], list[Gap]]:
 
 
 async def run(config: RouterDeathConfig) -> Figures:
-    """Both clusters, the prefills on the second of them."""
-    two, one, prefills = Phase(), Phase(), []
-    for phase, routers in ((two, 2), (one, 1)):
-        log = Path(config.out, f"cluster-{routers}.log")
-        flags = ["--routers", str(routers), *config.serve_flags]
-        async with (
-            serving(config.model, log, flags, config.ready_timeout) as url,
-            new_session(config.timeout) as session,
-        ):
-            clients = await _streams(session, url, config)
-            await _measure(phase, clients, config)
-            if routers == 1:
-                for death in (*two.deaths, *one.deaths):
-                    prefills.append(await _prefill(clients, death, config))
-    count = len(two.deaths)
+    """Both clusters; that with one router is there all the time, for the prefills, and idle but for its own turn."""
+    two, one = Phase(), Phase()
+    async with _cluster(1, config) as alone:
+        async with _cluster(2, config) as pair:
+            await _measure(two, pair, alone, config)
+        await _measure(one, alone, alone, config)
     return {
-        "two_routers": _figures(two, prefills[:count], [0.0] * count, config.allowance),
-        "one_router": _figures(one, prefills[count:], [d.replaced_s for d in one.deaths], config.allowance),
+        "two_routers": _figures(two, config.allowance, held=False),
+        "one_router": _figures(one, config.allowance, held=True),
         "speedup_of_two_routers": round(two.tokens_per_s / one.tokens_per_s, 3),
     }
+
+
+@contextlib.asynccontextmanager
+async def _cluster(routers: int, config: RouterDeathConfig) -> AsyncIterator[Streams]:
+    """The clients of a cluster that has been used a little: the first use of everything is not counted."""
+    log = Path(config.out, f"cluster-{routers}.log")
+    flags = ["--routers", str(routers), *config.serve_flags]
+    async with serving(config.model, log, flags, config.ready_timeout) as url, new_session(config.timeout) as session:
+        clients = await _streams(session, url, config)
+        await Streams(session, url, [{**b, "max_tokens": WARM_TOKENS} for b in clients.bodies], config.streams).once()
+        yield clients
 
 
 async def _streams(session: aiohttp.ClientSession, url: str, config: RouterDeathConfig) -> Streams:
@@ -130,26 +149,28 @@ async def _streams(session: aiohttp.ClientSession, url: str, config: RouterDeath
     return Streams(session, url, bodies, config.streams)
 
 
-async def _measure(phase: Phase, clients: Streams, config: RouterDeathConfig) -> None:
-    """The undisturbed run, then the kills; fills `phase`."""
-    await clients.once()  # the first use of everything is not counted
-    clients.recorded.clear()
+async def _measure(phase: Phase, clients: Streams, alone: Streams, config: RouterDeathConfig) -> None:
+    """The undisturbed run, then the kills, with their prefills on `alone`; fills `phase`."""
     started_s = time.perf_counter()
     await clients.once()
     wall_s = time.perf_counter() - started_s
     reference = {r.request: Output.of(r.exchange) for r in clients.recorded}
     phase.tokens_per_s = sum(len(output.tokens) for output in reference.values()) / wall_s
     clients.recorded.clear()
-    stop = asyncio.Event()
-    streaming = asyncio.create_task(clients.until(stop))
-    rng = random.Random(f"victims/{config.seed}")
-    try:
-        for _ in range(config.times):
-            phase.deaths.append(await _death(clients, rng, config))
-            print(f"{len(phase.deaths)} of {config.times} kills", file=sys.stderr)
-    finally:
-        stop.set()
-        await streaming
+    for first in range(0, config.times, KILLS_PER_ROUND):
+        stop = asyncio.Event()
+        streaming = asyncio.create_task(clients.until(stop))
+        deaths = []
+        try:
+            for number in range(first, min(first + KILLS_PER_ROUND, config.times)):
+                deaths.append(await _death(clients, number, config))
+        finally:
+            stop.set()
+            await streaming
+        for death in deaths:
+            death.prefill_s.extend(await _prefill(alone, death, config))
+        phase.deaths += deaths
+        print(f"{len(phase.deaths)} of {config.times} kills", file=sys.stderr)
     phase.account = total(_compared(reference, clients.recorded))
 
 
@@ -157,26 +178,35 @@ def _compared(reference: dict[int, Output], recorded: Sequence[Recorded]) -> lis
     return [compare(reference[r.request], Output.of(r.exchange), r.exchange.error) for r in recorded]
 
 
-async def _death(clients: Streams, rng: random.Random, config: RouterDeathConfig) -> Death:
-    """Kill a router while every stream flows, and wait until all is as before."""
-    await asyncio.sleep(config.calm)
+async def _death(clients: Streams, number: int, config: RouterDeathConfig) -> Death:
+    """Kill a router, each in turn, while every stream flows; the later the number, the more of its tokens the furthest
+    stream has. Wait until all is as before."""
+    share = (number + 0.5) / config.times
     async with asyncio.timeout(config.restore_timeout):
         before = await read_status(clients.session, clients.url)
         failovers = await _failovers(clients)
-        victim = rng.choice(sorted(before.online("router"), key=lambda p: p.id))
-        while not clients.flowing():
-            await asyncio.sleep(0.001)
+        routers = sorted(before.online("router"), key=lambda p: p.id)
+        victim = routers[number % len(routers)]
+        while not (clients.flowing() and progress(clients) >= share):
+            await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(random.Random(f"moment/{config.seed}/{number}").uniform(0.0, JITTER_S))
         records = dict(clients.running)
         tokens = {i: _prompt_tokens(clients, i) + sum(a.tokens for a in r.arrivals) for i, r in records.items()}
         at_s = kill(victim)
         while not _replaced(status := await read_status(clients.session, clients.url), before, victim.id):
             await asyncio.sleep(LOOK_S)
-        while any(gap_across(r, at_s) is None and not r.ended_s for r in records.values()):
+        while any(gap_across(r, at_s + SENT_S) is None and not r.ended_s for r in records.values()):
             await asyncio.sleep(LOOK_S)
-    gaps = {i: gap_across(r, at_s) for i, r in records.items()}
+    gaps = {i: gap_across(r, at_s + SENT_S) for i, r in records.items()}
     found = [Gap(gap, tokens[i]) for i, gap in gaps.items() if gap is not None]
     moved, others = split(found, await _failovers(clients) - failovers)
     return Death(moved, others, status.at_s - at_s)
+
+
+def progress(clients: Streams) -> float:
+    """The share that has come of the tokens of the stream that is furthest."""
+    bodies = {i: clients.bodies[clients.request[i]] for i in clients.running}
+    return max(len(r.token_ids) / bodies[i]["max_tokens"] for i, r in clients.running.items())
 
 
 def _prompt_tokens(clients: Streams, stream: int) -> int:
@@ -197,22 +227,14 @@ async def _failovers(clients: Streams) -> int:
     raise MoeringError("the gateway's metrics do not count failovers")
 
 
-async def _prefill(clients: Streams, death: Death, config: RouterDeathConfig) -> list[float]:
-    """The waits for the first token when prompts of the moved streams' lengths arrive at once, longest first."""
+async def _prefill(alone: Streams, death: Death, config: RouterDeathConfig) -> list[float]:
+    """The waits for the first token when prompts of the moved streams' lengths arrive at once, longest first.
+
+    Nothing else is under way: beside streams that decode, prompts are paced for their sake, and moved streams are not.
+    """
     rng = random.Random(f"prefill/{config.seed}/{death.replaced_s}")
-    beside = Streams(clients.session, clients.url, clients.bodies, len(death.others))
-    stop = asyncio.Event()
-    streaming = asyncio.create_task(beside.until(stop))
-    try:
-        async with asyncio.timeout(config.restore_timeout):
-            while not beside.flowing():
-                await asyncio.sleep(0.001)
-        prompts = [[rng.randrange(FIRST_ID, config.vocab_size) for _ in range(gap.tokens)] for gap in death.moved]
-        done = await asyncio.gather(*(_first_token(clients, prompt) for prompt in prompts))
-    finally:
-        stop.set()
-        await streaming
-    return sorted(done, reverse=True)
+    prompts = [[rng.randrange(FIRST_ID, config.vocab_size) for _ in range(gap.tokens)] for gap in death.moved]
+    return sorted(await asyncio.gather(*(_first_token(alone, prompt) for prompt in prompts)), reverse=True)
 
 
 async def _first_token(clients: Streams, prompt: list[int]) -> float:
@@ -223,14 +245,10 @@ async def _first_token(clients: Streams, prompt: list[int]) -> float:
     return result.arrivals[0].at_s - result.started_s
 
 
-def _figures(phase: Phase, prefills: list[list[float]], waits_s: list[float], allowance_s: float) -> dict[str, Any]:
-    """`waits_s`: of each death, how long no router was there. Both lists of a death are sorted, longest first."""
+def _figures(phase: Phase, allowance_s: float, *, held: bool) -> dict[str, Any]:
+    """`held`: streams had to wait for the dead router's successor."""
     moved = [gap.seconds for d in phase.deaths for gap in d.moved]
-    over = [
-        gap.seconds - prefill - wait_s
-        for d, own, wait_s in zip(phase.deaths, prefills, waits_s, strict=True)
-        for gap, prefill in zip(d.moved, own, strict=True)
-    ]
+    over = [seconds for d in phase.deaths for seconds in d.over_s(held=held)]
     a = phase.account
     return {
         "tokens_per_s": round(phase.tokens_per_s, 2),
@@ -239,8 +257,9 @@ def _figures(phase: Phase, prefills: list[list[float]], waits_s: list[float], al
         "gap_moved_s": _spread(moved),
         "gap_others_s": _spread([gap.seconds for d in phase.deaths for gap in d.others]),
         "restart_s": _spread([d.replaced_s for d in phase.deaths]),
-        "prefill_s": _spread([p for own in prefills for p in own]),
+        "prefill_s": _spread([p for d in phase.deaths for p in d.prefill_s]),
         "over_prefill_s": _spread(over),
+        "over_prefill_by_kill_s": [[round(seconds, 2) for seconds in d.over_s(held=held)] for d in phase.deaths],
         "within_bar": sum(o <= allowance_s for o in over),
         "met": bool(over) and max(over) <= allowance_s and a.clean,
         "tokens": a.tokens,

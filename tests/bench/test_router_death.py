@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+from typing import Any
 
 import pytest
+from aiohttp import web
 
 from bench.account import Account
-from bench.client import Arrival, Exchange
-from bench.router_death import Death, Gap, Phase, RouterDeathConfig, _figures, gap_across, split
+from bench.client import Arrival, Exchange, new_session
+from bench.router_death import Death, Gap, Phase, RouterDeathConfig, _figures, _prefill, gap_across, progress, split
+from bench.streams import Streams
 from moering.errors import ConfigError
+from tests.bench.fake_server import event, serving, start
 
 
 def record(*times: float) -> Exchange:
@@ -28,15 +33,46 @@ def test_the_longest_gaps_are_those_of_the_streams_that_moved() -> None:
     assert split(gaps, 0) == ([], sorted(gaps, key=lambda g: -g.seconds))
 
 
+def test_the_progress_of_streams_is_that_of_the_furthest() -> None:
+    clients = Streams(None, "", [{"max_tokens": 4}, {"max_tokens": 10}], 2)  # type: ignore[arg-type]
+    clients.running, clients.request = {0: record(1.0), 1: record(1.0, 2.0, 3.0)}, {0: 0, 1: 1}
+    assert progress(clients) == 0.3
+
+
+def test_the_prompts_of_a_prefill_arrive_together() -> None:
+    lengths: list[int] = []
+
+    async def main() -> list[float]:
+        together = asyncio.Event()
+
+        async def handler(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+            response = await start(request)
+            lengths.append(len(body["prompt"]))
+            if len(lengths) == 3:
+                together.set()
+            await together.wait()
+            await event(response, {"choices": [{"token_ids": [1], "finish_reason": "length"}]})
+            await event(response, "[DONE]")
+            return response
+
+        death = Death([Gap(2.0, 100), Gap(1.5, 70), Gap(1.0, 80)], [Gap(0.1, 50)], 4.0)
+        async with serving(handler) as url, new_session(10.0) as session:
+            alone = Streams(session, url, [{"prompt": [1], "max_tokens": 9, "stream": True}], 1)
+            return await _prefill(alone, death, RouterDeathConfig())
+
+    waits_s = asyncio.run(main())
+    assert sorted(lengths) == [70, 80, 100]
+    assert len(waits_s) == 3 and waits_s == sorted(waits_s, reverse=True)
+
+
 CLEAN = Account(requests=4, tokens=400)
 
 
-def figures(over_s: float, account: Account = CLEAN) -> dict:
-    """Two deaths; the second one's longest gap exceeds its prefill by `over_s` once a router is there again."""
-    first = Death([Gap(2.0, 100), Gap(1.5, 100)], [Gap(0.1, 50)], 4.0)
-    second = Death([Gap(5.0 + over_s, 100)], [], 4.5)
-    phase = Phase(20.0, [first, second], account)
-    return _figures(phase, [[1.8, 1.0], [0.5]], [0.0, 4.5], allowance_s=1.0)
+def figures(over_s: float, account: Account = CLEAN, *, held: bool = True) -> dict:
+    """Two deaths; the second one's gap exceeds its prefill by `over_s` once a router is there again, after 4.5 s."""
+    first = Death([Gap(6.0, 100), Gap(5.5, 100)], [Gap(0.1, 50)], 4.0, [1.8, 1.0])
+    second = Death([Gap(5.0 + over_s, 100)], [], 4.5, [0.5])
+    return _figures(Phase(20.0, [first, second], account), allowance_s=1.0, held=held)
 
 
 def test_a_gap_is_held_against_its_prefill_and_the_time_without_a_router() -> None:
@@ -46,6 +82,7 @@ def test_a_gap_is_held_against_its_prefill_and_the_time_without_a_router() -> No
     assert good["gap_others_s"]["max"] == 0.1 and good["restart_s"]["max"] == 4.5
     bad = figures(over_s=1.1)
     assert (bad["within_bar"], bad["met"]) == (2, False)
+    assert figures(over_s=0.9, held=False)["over_prefill_by_kill_s"] == [[4.2, 4.5], [5.4]]
 
 
 @pytest.mark.parametrize("fault", ["lost", "duplicated", "changed", "changed_digests", "errors"])
