@@ -30,18 +30,18 @@ class Frontend:
     def receive(self) -> list[tuple[bytes, Submit | Abort]]:
         """All requests and aborts that are waiting, with the gateway's identity. Other messages are answered here.
 
-        Each frame is a message; those of one zmq message arrive together.
+        Each frame is a message; those of one zmq message arrive together, and with one that is bad all are refused.
         """
         messages = []
         while (frames := transport.try_receive(self.socket)) is not None:
             identity = frames[0]
-            for frame in frames[1:]:
-                try:
-                    message, _ = protocol.decode([frame])
-                except ProtocolError as e:
-                    logger.warning("refused a message: %s", e)
-                    self._send(identity, Refused(str(e), fatal=True))
-                    continue
+            try:
+                together = [protocol.decode([frame])[0] for frame in frames[1:] or [b""]]
+            except ProtocolError as e:
+                logger.warning("refused a message: %s", e)
+                self._send(identity, Refused(str(e), fatal=True))
+                continue
+            for message in together:
                 if isinstance(message, Submit | Abort):
                     messages.append((identity, message))
                 elif isinstance(message, Hello):
