@@ -25,20 +25,21 @@ class Segments:
 
         Returns the rows of each; 0 when it offers none, or what this process cannot open.
         """
-        self._forget(router)
+        self.forget(self._identity_of.get(router, b""))
         segment = SharedRows.open(offer, Layout.of(slots, self._slot_bytes, self._hidden_size, dtype), self._pin)
         if segment is None:
             return 0
         while len(self._identity_of) >= MAX_ROUTERS:
-            self._forget(next(iter(self._identity_of)))
+            self.forget(next(iter(self._identity_of.values())))
         self._by_identity[identity], self._identity_of[router] = segment, identity
         return segment.layout.rows
 
-    def _forget(self, router: str) -> None:
+    def forget(self, identity: bytes) -> None:
         """What was received there and is not computed yet is computed all the same; no computation is under way."""
-        segment = self._by_identity.pop(self._identity_of.pop(router, b""), None)
+        segment = self._by_identity.pop(identity, None)
         if segment is not None:
             segment.close()
+            self._identity_of = {router: i for router, i in self._identity_of.items() if i != identity}
 
     def slot(self, identity: bytes, message: Dispatch) -> tuple[np.ndarray, np.ndarray] | None:
         """(sent, answered) of the slot that a dispatch names; None where the connection has no such memory."""

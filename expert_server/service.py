@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import zmq
 
 from expert_server import batching
 from expert_server.batching import Group, Request
+from expert_server.inbox import Inbox
 from expert_server.residency import Residency
 from expert_server.segments import Segments
 from moering import protocol, transport
@@ -40,6 +40,7 @@ class Service(threading.Thread):
     def __init__(self, socket: Any, server_id: str, incarnation: int, credit_rows: int, residency: Residency) -> None:
         super().__init__(name="compute", daemon=True)
         self._socket, self._server_id, self._incarnation = socket, server_id, incarnation
+        self._inbox = Inbox(socket)
         self._credit_rows, self._residency = credit_rows, residency
         self._opened = threading.Event()
         self._stopping = False
@@ -91,7 +92,6 @@ class Service(threading.Thread):
     def run(self) -> None:
         """The thread's loop: receive, group, compute, reply."""
         self._opened.wait()
-        self._socket.rcvtimeo = STOP_CHECK_MS  # a blocking receive: a poll before it costs a router time
         while not self._stopping:
             requests = self._receive()
             self.queued = len(requests)
@@ -99,38 +99,31 @@ class Service(threading.Thread):
                 self._answer(group)
                 self.queued -= len(group.requests)
             self.progress += 1
-        self._socket.close()
+        self._inbox.close()
 
     def _receive(self) -> list[Request]:
         """Wait for a message, then take all that are there, within the credit of one router. Returns the dispatches;
         other messages are answered at once."""
         requests: list[Request] = []
         rows = 0
-        frames = self._wait()
-        while frames is not None:
-            request = self._handle(frames[0], frames[1:])
+        while self._inbox.gone:
+            self._segments.forget(self._inbox.gone.pop())
+        if not (self._spin_s and self._spin()):
+            self._inbox.wait(STOP_CHECK_MS)
+        while rows < self._credit_rows and (found := self._inbox.take()) is not None:
+            request = self._handle(*found)
             if request is not None:
                 requests.append(request)
                 rows += len(request.hidden)
-            frames = transport.try_receive(self._socket) if rows < self._credit_rows else None
         return requests
 
-    def _wait(self) -> list[bytes] | None:
-        if self._spin_s and (found := self._spin()) is not None:
-            return found
-        try:
-            frames: list[bytes] = self._socket.recv_multipart()
-        except zmq.Again:
-            return None
-        return frames
-
-    def _spin(self) -> list[bytes] | None:
+    def _spin(self) -> bool:
         until_s = time.perf_counter() + self._spin_s
         while time.perf_counter() < until_s:
-            if (found := transport.try_receive(self._socket)) is not None:
-                return found
+            if self._inbox.wait(0):
+                return True
             os.sched_yield()  # lets the process's other threads run; a sleep of 0 takes 55 µs
-        return None
+        return False
 
     def _handle(self, identity: bytes, frames: list[bytes]) -> Request | None:
         try:
@@ -157,7 +150,8 @@ class Service(threading.Thread):
         dtype = self._dtype if hello.dtype == self._dtype else "float32"
         slot_rows = self._segments.open(identity, hello.server_id, hello.shared_rows, hello.shared_slots, dtype)
         pairs = self._most_pairs[dtype]
-        return Welcome(self._server_id, self._incarnation, self._credit_rows, pairs, slot_rows, dtype)
+        doorbell = slot_rows > 0 and self._inbox.open(identity, hello.doorbell)
+        return Welcome(self._server_id, self._incarnation, self._credit_rows, pairs, slot_rows, dtype, doorbell)
 
     def _parse(self, identity: bytes, message: Dispatch, tensor: memoryview | None) -> Request | None:
         rows: memoryview | tuple[np.ndarray, np.ndarray] | None = tensor
@@ -217,7 +211,10 @@ class Service(threading.Thread):
             self._answer(smaller)
 
     def _send(self, identity: bytes, message: Any, tensor: np.ndarray | None = None) -> None:
-        frames = [identity, protocol.encode(message)]
+        header = protocol.encode(message)
+        if tensor is None and message.__class__ is Reply and self._inbox.answer(identity, header):
+            return
+        frames = [identity, header]
         if tensor is not None:
             frames.append(memoryview(tensor).cast("B"))  # type: ignore[arg-type]
         if not transport.try_send(self._socket, frames):

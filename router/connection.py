@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from typing import Any
 
 import numpy as np
 import zmq
 
 from moering import protocol, transport
+from moering.doorbell import Doorbell, DoorbellOffer
 from moering.errors import ProtocolError
 from moering.expert_frames import INLINE, Reply
 from moering.expert_frames import Dispatch as DispatchMessage
 from moering.protocol import Hello, MemberInfo, Welcome
 from moering.shared_rows import ARRAYS, Layout, Offer, Pin, SharedRows
-from moering.transport import Frames
 from router.expert_rows import ExpertRows, Reading
 from router.instructions import Dispatch
 
@@ -31,7 +32,9 @@ class Connection:
         self._router, self._hidden_size, self._slots = hello.incarnation, hidden_size, hello.shared_slots
         self._dtype = hello.dtype  # until the welcome, what is asked for
         self._offer = Offer.make() if self._slots and transport.is_local(server.address) else None
+        self._bell_offer = DoorbellOffer.make() if self._offer is not None else None
         self._shared: SharedRows | None = None
+        self.bell: Doorbell | None = None
         self._free_slots: list[int] = []  # none before the server has accepted the offer
         self._slot_of: dict[int, int] = {}  # by seq, until the answer is here
         self._reading: deque[tuple[Reading, int]] = deque()  # slots whose answer a GPU still reads, in that order
@@ -44,18 +47,24 @@ class Connection:
             self.close()
             raise
         if self._offer is not None:
-            hello = dataclasses.replace(hello, shared_rows=self._offer.text)
+            doorbell = self._bell_offer.text if self._bell_offer is not None else ""
+            hello = dataclasses.replace(hello, shared_rows=self._offer.text, doorbell=doorbell)
         transport.try_send(self.socket, [protocol.encode(hello)])
 
     def register(self, poller: zmq.Poller) -> None:
         """Poll for messages and for the loss of the connection."""
-        poller.register(self.socket, zmq.POLLIN)
-        poller.register(self.watch, zmq.POLLIN)
+        for source in self.sources:
+            poller.register(source, zmq.POLLIN)
 
     def unregister(self, poller: zmq.Poller) -> None:
         """The reverse of `register`."""
-        poller.unregister(self.socket)
-        poller.unregister(self.watch)
+        for source in self.sources:
+            poller.unregister(source)
+
+    @property
+    def sources(self) -> list[Any]:
+        """What is to be polled; a doorbell from the welcome on."""
+        return [self.socket, self.watch] if self.bell is None else [self.socket, self.watch, self.bell.fd]
 
     def welcome(self, message: Welcome) -> None:
         """The server takes dispatches, and rows in shared memory if it could open what was offered. Only the first
@@ -71,6 +80,8 @@ class Connection:
                 raise ProtocolError(f"slots of {message.slot_rows} rows")
             self._shared = self._offer.accepted(layout, self._pin)
             self._free_slots = list(range(self._slots))
+        if self._shared is not None and self._bell_offer is not None and message.doorbell:
+            self.bell, self._bell_offer = self._bell_offer.accepted(), None
         self.welcomed = True
         self._withdraw()
 
@@ -78,21 +89,27 @@ class Connection:
     def terms(self) -> str:
         """How rows travel, for the log."""
         slots = "no shared memory" if self._shared is None else f"{self._slots} slots of {self._shared.layout.rows}"
-        return f"{self._dtype} rows, {slots}"
+        return f"{self._dtype} rows, {slots}{', doorbell' if self.bell is not None else ''}"
 
     def lost(self) -> bool:
-        """Whether the watch has anything to say: all that it watches for means that this connection is over."""
-        return transport.read_event(self.watch) is not None
+        """Whether the watch has anything to say: all that it watches for means that this connection is over. So does a
+        doorbell that hangs up."""
+        return (self.bell is not None and self.bell.hung_up) or transport.read_event(self.watch) is not None
 
     def receive(self) -> list[bytes] | None:
         """The next message, if one is waiting."""
+        if self.bell is not None and (packet := self.bell.receive()) is not None:
+            return [packet]
         return transport.try_receive(self.socket)
 
     def send(self, d: Dispatch, rows: ExpertRows) -> bool:
         """Send, without blocking, the dispatch's rows: by way of a slot of shared memory, where that is possible."""
-        return transport.try_send(self.socket, self._pack(d, rows))
+        frames = self._pack(d, rows)
+        if self.bell is not None and len(frames) == 1 and self.bell.send(frames[0]):
+            return True
+        return transport.try_send(self.socket, frames)
 
-    def _pack(self, d: Dispatch, rows: ExpertRows) -> Frames:
+    def _pack(self, d: Dispatch, rows: ExpertRows) -> list[bytes | memoryview]:
         router, slot = self._router, self._take_slot(len(d.experts))
         if self._shared is not None and slot != INLINE:
             self._slot_of[d.seq] = slot
@@ -153,6 +170,8 @@ class Connection:
         self.socket.disable_monitor()
         self.watch.close()
         self.socket.close()
+        if self.bell is not None:
+            self.bell.close()
         self._withdraw()
         if self._shared is not None and all(reading() is None for reading, _ in self._reading):
             self._shared.close()
@@ -162,3 +181,6 @@ class Connection:
         if self._offer is not None:
             self._offer.withdraw()
             self._offer = None
+        if self._bell_offer is not None:
+            self._bell_offer.withdraw()
+            self._bell_offer = None

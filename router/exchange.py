@@ -191,10 +191,10 @@ class Exchange:
         """Act on what a poll found. Replies come before losses: a dead server's last answers still count."""
         found = [(socket, c) for socket, _ in ready if (c := self._by_socket.get(socket)) is not None]
         for socket, connection in found:
-            if socket is connection.socket:
+            if socket is not connection.watch:
                 self._receive(connection)  # one message: what else is there the next poll finds at once
         for socket, connection in found:
-            if socket is connection.watch and connection.open and connection.lost():
+            if socket is not connection.socket and connection.open and connection.lost():
                 while self._receive(connection):
                     pass
                 self._lose(connection, "the connection is lost")
@@ -212,7 +212,10 @@ class Exchange:
             logger.warning("cannot connect to %s at %s: %s; trying again", member.server_id, member.address, e)
             return
         self._connections[member.server_id] = connection
-        self._by_socket[connection.socket] = self._by_socket[connection.watch] = connection
+        self._listen(connection)
+
+    def _listen(self, connection: Connection) -> None:
+        self._by_socket.update(dict.fromkeys(connection.sources, connection))
         connection.register(self._poller)
 
     def _receive(self, connection: Connection) -> bool:
@@ -252,6 +255,7 @@ class Exchange:
         else:
             server, now = connection.server_id, self._clock()
             self._met.add(connection.key)
+            self._listen(connection)
             self.dispatcher.connected(server, message.incarnation, message.credit_rows, message.max_rows, now)
             self.changed = True
             logger.info("connected to %s: %s", server, connection.terms)
@@ -303,6 +307,7 @@ class Exchange:
 
     def _close(self, connection: Connection) -> None:
         connection.unregister(self._poller)
-        del self._by_socket[connection.socket], self._by_socket[connection.watch]
+        for source in connection.sources:
+            del self._by_socket[source]
         del self._connections[connection.server_id]
         connection.close()

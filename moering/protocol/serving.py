@@ -22,6 +22,7 @@ class Hello:
     shared_rows: str = ""  # from a router: memory that it offers to share (`moering.shared_rows`)
     shared_slots: int = 0  # and how many slots it needs there
     dtype: str = "float32"  # that a router would like rows to have, if that is what the server computes in
+    doorbell: str = ""  # pipes for the messages about rows in shared memory (`moering.doorbell`)
 
 
 @message("welcome")
@@ -38,6 +39,7 @@ class Welcome:
     max_rows: int
     slot_rows: int = 0  # what a slot of the memory offered with hello holds in each direction; 0: it is not used
     dtype: str = "float32"  # of all rows of this connection, both ways
+    doorbell: bool = False  # whether the pipes offered with hello are used
 
 
 @message("refused")
