@@ -63,12 +63,12 @@ class Inbox:
         return None if frames is None else (frames[0], frames[1:])
 
     def _from_bell(self, fd: int) -> tuple[bytes, list[bytes]] | None:
-        identity = self._at[fd]
-        bell = self._bells[identity]
-        packet = bell.receive()
+        identity = self._at.get(fd, b"")
+        bell = self._bells.get(identity)
+        packet = bell.receive() if bell is not None else None  # None: closed since `wait`, for a new one
         if packet is not None:
             return identity, [packet]
-        if bell.hung_up:
+        if bell is not None and bell.hung_up:
             self._close(identity)
             self.gone.append(identity)
         return None
