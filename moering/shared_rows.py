@@ -1,4 +1,4 @@
-"""Rows in memory that a router and an expert server of one machine share. What is said of them `moering.doorbell` carries.
+"""Rows in memory that a router and an expert server of one machine share; `moering.doorbell` carries the messages.
 
 The router makes a file in memory, without a name, for each connection, and offers with its hello where its descriptor
 is to be found and how many slots it needs. The server opens it, checks the nonce inside, and says with its welcome how
