@@ -1,7 +1,8 @@
 """Room for experts in GPU memory, allotted once: slots of a few tensors, filled on a stream of their own.
 
-Loading so never allocates, never waits for a computation, and no computation waits for it. A slot is free again when
-the last reference to its expert is gone; whoever computes with it holds one until the result is there.
+Loading so never allocates, never waits for a computation, and no computation waits for it. What is not copied to a slot
+as it is lands beside the slots, in room for one expert, and is arranged from there on the same stream. A slot is free
+again when the last reference to its expert is gone; whoever computes with it holds one until the result is there.
 """
 
 from __future__ import annotations
@@ -45,13 +46,20 @@ class Slots:
         """
         self.format = weight_format
         self.expert_bytes = nbytes(weight_format.parts)
+        self._landing: Sequence[torch.Tensor] = ()  # nowhere but in the slot itself
+        if weight_format.host_parts != weight_format.parts:
+            landing = torch.empty(self.expert_bytes, dtype=torch.uint8, device=device)
+            self._landing = split(landing, weight_format.host_parts)
         self.parts = _allot(weight_format, capacity, device)
         self.capacity = self.parts[0].shape[0]
         self._free = list(range(self.capacity - 1, -1, -1))
         self._released = threading.Condition(threading.RLock())  # a finalizer may run within any allocation here
         self.on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
-        self._staging = torch.empty(self.expert_bytes, dtype=torch.uint8, pin_memory=self.on_gpu)
+        self._staging = torch.zeros(self.expert_bytes, dtype=torch.uint8, pin_memory=self.on_gpu)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # the zeros that come before all experts
+        self.fill(self._staging)  # compiles the kernel that arranges; the slot is free again at once
 
     def load(self, weights: ExpertWeights) -> CudaExpert:
         """Copy an expert's weights to a free slot and wait until they are there; one thread at a time.
@@ -62,23 +70,20 @@ class Slots:
         return self.fill(self._staging)
 
     def prepare(self, weights: ExpertWeights, memory: torch.Tensor) -> None:
-        """Put an expert into `expert_bytes` of host memory, as it will be on the GPU."""
-        self.format.fill(split(memory, self.format.parts), weights)
+        """Put an expert into `expert_bytes` of host memory, for `fill`."""
+        self.format.fill(split(memory, self.format.host_parts), weights)
 
     def fill(self, memory: torch.Tensor) -> CudaExpert:
-        """`load` of an expert that `prepare` has put into pinned memory."""
+        """`load` of an expert that `prepare` has put into pinned memory; raises the same."""
         expert = self._take()
-        self._copy([part[expert.slot] for part in self.parts], split(memory, self.format.parts))
-        return expert
-
-    def _copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        slot = [part[expert.slot] for part in self.parts]
+        landed = self._landing or slot
         with torch.cuda.stream(self._stream):  # None: a no-op
-            for target, source in zip(targets, sources, strict=True):
-                step = COPY_BYTES // source.element_size()
-                for piece, chunk in zip(target.view(-1).split(step), source.view(-1).split(step), strict=True):
-                    piece.copy_(chunk, non_blocking=True)
+            _copy(landed, split(memory, self.format.host_parts))
+            self.format.arrange(landed, slot)
         if self._stream is not None:
             self._stream.synchronize()
+        return expert
 
     def _take(self) -> CudaExpert:
         with self._released:
@@ -92,6 +97,13 @@ class Slots:
         with self._released:
             self._free.append(slot)
             self._released.notify_all()
+
+
+def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        step = COPY_BYTES // source.element_size()
+        for piece, chunk in zip(target.view(-1).split(step), source.view(-1).split(step), strict=True):
+            piece.copy_(chunk, non_blocking=True)
 
 
 def _allot(weight_format: Format, capacity: int, device: torch.device) -> list[torch.Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from expert_server.formats_cuda import format_of, nbytes, split
+from expert_server.formats_cuda import format_of
+from expert_server.slots_cuda import Slots
 from moering.checkpoint import Checkpoint
 from router.micro_batch_cuda import MicroBatch
 
@@ -21,8 +23,7 @@ class LocalExperts:
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cuda") -> None:
         self._device = torch.device(device)
         with ThreadPoolExecutor(LOAD_THREADS) as pool:
-            layers = range(checkpoint.num_layers)
-            self.layers = list(pool.map(lambda layer: _load_layer(checkpoint, layer, self._device), layers))
+            self.layers = [self._load_layer(checkpoint, layer, pool) for layer in range(checkpoint.num_layers)]
 
     @torch.inference_mode()
     def run(self, mb: MicroBatch) -> None:
@@ -31,13 +32,9 @@ class LocalExperts:
         out = self.layers[mb.layer].forward(mb.step.inputs[: mb.rows], ids, top_k=mb.topk_ids.shape[1])
         mb.device_rows.put(np.arange(len(ids)), out.view(torch.int16).cpu().numpy())
 
-
-def _load_layer(checkpoint: Checkpoint, layer: int, device: torch.device) -> Any:
-    weight_format = format_of(checkpoint)
-    experts = [
-        split(torch.empty(nbytes(weight_format.parts), dtype=torch.uint8), weight_format.parts)
-        for _ in range(checkpoint.num_experts)
-    ]
-    for expert, parts in enumerate(experts):
-        weight_format.fill(parts, checkpoint.expert(layer, expert))
-    return weight_format.kernels([torch.stack(part).to(device) for part in zip(*experts, strict=True)])
+    def _load_layer(self, checkpoint: Checkpoint, layer: int, pool: ThreadPoolExecutor) -> Any:
+        weight_format, experts = format_of(checkpoint), range(checkpoint.num_experts)
+        slots = Slots(weight_format, len(experts), self._device)
+        loaded = [slots.load(weights) for weights in pool.map(partial(checkpoint.expert, layer), experts)]
+        assert [expert.slot for expert in loaded] == list(experts)
+        return weight_format.kernels(slots.parts)

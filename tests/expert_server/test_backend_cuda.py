@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import expert_server.backend_cuda as module
 from expert_server import host_replicas_cuda, slots_cuda
@@ -17,7 +18,9 @@ from expert_server.backend import NoRoom
 from expert_server.backend_cuda import CudaBackend, warm_up_calls
 from expert_server.formats_cuda import Bf16, Fp8, format_of
 from kernels import expert_ffn, reference
-from kernels.tensors import as_tensor
+from kernels.quantized_weight import pack_fp8
+from kernels.tensors import as_tensor, stored_tensor
+from kernels.triton_pack import pack_fp8_into
 from kernels.triton_quantized_ffn import choose_quantized_tiling
 from kernels.triton_small_tiles import MAX_PAIRS
 from kernels.triton_tiling import choose_tiling
@@ -38,6 +41,20 @@ def checkpoint(request, tmp_path_factory):
     hidden, intermediate = SIZES[request.param]
     path = write_checkpoint(directory / "bf16", hidden=hidden, intermediate=intermediate, layers=1, dtype="BF16")
     return Checkpoint(path if request.param == "bf16" else quantize(path, directory / "fp8"))
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("fp8")
+    path = write_checkpoint(directory / "bf16", hidden=256, intermediate=128, layers=1, dtype="BF16")
+    return Checkpoint(quantize(path, directory / "fp8"))
+
+
+@pytest.fixture
+def fp8_backend(fp8, monkeypatch):
+    monkeypatch.setattr(slots_cuda, "COPY_BYTES", 4000)
+    slots = slots_cuda.Slots(format_of(fp8), 2, torch.device(DEVICE))
+    return SimpleNamespace(slots=slots, host_replicas=host_replicas_cuda.PinnedReplicas(slots, 1))
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +185,58 @@ def test_no_free_slot_leaves_the_replica_in_host_memory(backend, checkpoint):
     backend.host_replicas.keep(set())
 
 
+def test_a_slot_has_the_words_of_fp8_weights(fp8, fp8_backend):
+    """Gate above up, and down, with their scales, loaded and promoted."""
+    weights = fp8.expert(0, 1)
+    fp8_backend.host_replicas.put((0, 1), weights)
+    codes = [stored_tensor(part) for part in weights.parts]
+    scales = [stored_tensor(part.scale).float() for part in weights.parts]
+    w13 = pack_fp8(torch.cat(codes[:2])[None], torch.cat(scales[:2])[None])
+    w2 = pack_fp8(codes[2][None], scales[2][None])
+    loaded, promoted = fp8_backend.slots.load(weights), fp8_backend.host_replicas.promote((0, 1))[0]
+    assert {loaded.slot, promoted.slot} == {0, 1}
+    for part, wanted in zip(fp8_backend.slots.parts, (w13.data, w13.scale, w2.data, w2.scale), strict=True):
+        for expert in loaded, promoted:
+            assert torch.equal(part[expert.slot].cpu(), wanted[0])
+
+
+class Made(TorchDispatchMode):
+    """The bytes of what operations made that is not part of any known tensor."""
+
+    def __init__(self, known):
+        super().__init__()
+        self._known, self.nbytes = {tensor.untyped_storage().data_ptr() for tensor in known}, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self._known:
+                self.nbytes.append(tensor.untyped_storage().nbytes())
+        return result
+
+
+def test_bringing_an_expert_to_the_gpu_allots_nothing(fp8, fp8_backend):
+    slots, replicas = fp8_backend.slots, fp8_backend.host_replicas
+    replicas.put((0, 1), fp8.expert(0, 1))
+    with Made([*slots.parts, *slots._landing, replicas._memory]) as made:
+        replicas.promote((0, 1))
+    assert not any(made.nbytes)  # the interpreter makes some of no bytes
+
+
+def test_what_packs_fp8_weights_is_compiled_at_the_start(monkeypatch):
+    """Compiling it takes seconds, for which experts of a dead server would wait."""
+    met = []
+
+    def pack(words, codes):
+        met.append(words.shape)
+        pack_fp8_into(words, codes)
+
+    monkeypatch.setattr("expert_server.formats_cuda.pack_fp8_into", pack)
+    slots = slots_cuda.Slots(Fp8(128, 256), 1, torch.device(DEVICE))
+    assert met == [(1, 512, 32), (2, 128, 32)]
+    assert slots._free == [0]
+
+
 def test_too_little_host_memory_means_fewer_replicas(monkeypatch):
     monkeypatch.setattr(host_replicas_cuda, "default_capacity", lambda expert_bytes: 2)
     slots = slots_cuda.Slots(Bf16(64, 32), 1, torch.device(DEVICE))
@@ -182,7 +251,7 @@ def test_out_of_memory_at_the_start_means_less_capacity(monkeypatch):
     real = torch.zeros
 
     def small(*shape, **options):
-        if shape[0] > 5:
+        if len(shape) > 1 and shape[0] > 5:
             raise torch.OutOfMemoryError("as if")
         return real(*shape, **options)
 
@@ -203,6 +272,7 @@ def test_fp8_experts_take_a_byte_for_each_weight(tmp_path):
         slots = slots_cuda.Slots(weight_format, 3, torch.device(DEVICE))
         size = sum(part.nbytes for part in slots.parts) // 3
         assert size == slots.expert_bytes == slots._staging.nbytes
+        assert sum(part.nbytes for part in slots._landing) == (size if type(weight_format) is Fp8 else 0)
         assert host_replicas_cuda.PinnedReplicas(slots, 2)._memory.shape == (2, size)
         sizes.append(size)
     weights = 3 * 256 * 384
