@@ -12,10 +12,10 @@ from typing import Any
 from aiohttp import web
 
 from gateway.config import Config
-from gateway.errors import ApiError
+from gateway.errors import ApiError, bad_request
 from gateway.event_log import EventLog
-from moering.errors import ConfigError
-from moering.protocol import Events, Operate, OperateAnswer
+from moering.errors import ConfigError, ProtocolError
+from moering.protocol import Events, Operate, OperateAnswer, decode, encode
 
 ASK_AGAIN_S = 1.0
 GIVE_UP_S = 10.0
@@ -40,7 +40,7 @@ class Admin:
         if self._keys:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
             # All of them, so that the time tells nothing.
-            known = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+            known = [hmac.compare_digest(given.strip().encode(errors="surrogateescape"), key) for key in self._keys]
             if scheme.lower() != "bearer" or not any(known):
                 raise ApiError(401, "the admin interface needs its key, as a bearer token", code="invalid_api_key")
         elif not _is_loopback(request.remote) or any(name in request.headers for name in _FORWARDED):
@@ -48,7 +48,8 @@ class Admin:
             raise ApiError(403, text, code="forbidden")
 
     async def ask(self, ask: Operate) -> None:
-        """Have the coordinator begin `ask`. Raises `ApiError` where it refuses, or does not answer."""
+        """Have the coordinator begin `ask`. Raises `ApiError` where it cannot read that, refuses, or is silent."""
+        _check_readable(ask)
         answer = self._answers[ask.id] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(GIVE_UP_S):
@@ -73,6 +74,14 @@ class Admin:
             waiting = self._answers.get(message.id)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message)
+
+
+def _check_readable(ask: Operate) -> None:
+    """400 for what no message can carry. The thread that sends it would end with this process."""
+    try:
+        decode([encode(ask)])
+    except (ProtocolError, OverflowError, UnicodeEncodeError) as e:
+        raise bad_request("a number is too large, or a text is not valid Unicode") from e
 
 
 def admin_keys(config: Config) -> list[str]:

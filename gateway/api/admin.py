@@ -15,6 +15,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from gateway import fields
 from gateway.api.body import read_json
 from gateway.errors import ApiError, bad_request
 from gateway.services import SERVICES, Services
@@ -131,7 +132,7 @@ def _operations(services: Services) -> list[Operation]:
 async def _begin(
     request: web.Request, action: str, body: dict[str, Any], kind: str = "", count: int = 0, target: str = ""
 ) -> web.Response:
-    ask = Operate(new_id(), action, kind, count, target, float(body.get("deadline_s", 0.0)))
+    ask = Operate(new_id(), action, kind, count, target, fields.number(body, "deadline_s", 0.0, 0.0))
     operation = await begin(request.app[SERVICES], ask)
     return web.json_response(shown(operation), status=202)
 

@@ -6,6 +6,7 @@ import asyncio
 
 from aiohttp import web
 
+from gateway import fields
 from gateway.api.admin import begin, find, new_id
 from gateway.api.body import read_json
 from gateway.errors import ApiError, bad_request
@@ -20,12 +21,11 @@ DEFAULT_TIMEOUT_S = 120.0
 async def scale_elastic_ep(request: web.Request) -> web.Response:
     """Scale expert servers to `new_data_parallel_size`, and answer when it is done. Requests go on meanwhile."""
     services, body = request.app[SERVICES], await read_json(request)
-    size, timeout_s = body.get("new_data_parallel_size"), body.get("drain_timeout", DEFAULT_TIMEOUT_S)
+    size = body.get("new_data_parallel_size")
+    timeout_s = fields.number(body, "drain_timeout", DEFAULT_TIMEOUT_S, 0.0, above=True)
     if type(size) is not int or size < 1:
         raise bad_request("'new_data_parallel_size' must be a positive integer", "new_data_parallel_size")
-    if type(timeout_s) not in (int, float) or not timeout_s > 0:
-        raise bad_request("'drain_timeout' must be a positive number of seconds", "drain_timeout")
-    operation = await begin(services, Operate(new_id(), "scale", "expert-server", size, "", float(timeout_s)))
+    operation = await begin(services, Operate(new_id(), "scale", "expert-server", size, "", timeout_s))
     while operation.phase not in ENDED:
         await asyncio.sleep(LOOK_S)
         operation = find(services, operation.id)

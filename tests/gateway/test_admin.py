@@ -85,6 +85,30 @@ def test_bad_bodies_are_refused_here(model, path, body):
     run(main())
 
 
+# Python's JSON takes all of these, and no message to the coordinator does: the thread that sent one ended the process.
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/admin/scale", '{"count": 99999999999999999999}'),
+        ("/admin/scale", '{"count": 3, "deadline_s": Infinity}'),
+        ("/admin/scale", '{"count": 3, "deadline_s": NaN}'),
+        ("/admin/scale", '{"count": 3, "deadline_s": ' + "9" * 400 + "}"),
+        ("/admin/drain", r'{"id": "\ud800"}'),
+        ("/scale_elastic_ep", '{"new_data_parallel_size": 99999999999999999999}'),
+        ("/scale_elastic_ep", '{"new_data_parallel_size": 3, "drain_timeout": Infinity}'),
+        ("/scale_elastic_ep", '{"new_data_parallel_size": 3, "drain_timeout": ' + "9" * 400 + "}"),
+    ],
+)
+def test_what_the_coordinator_could_not_read_is_refused_here(model, path, body):
+    async def main():
+        async with gateway(model) as g:
+            coordinator = Coordinator(g)
+            assert (await g.post(path, data=body, headers={"Content-Type": "application/json"}))[0] == 400
+            assert not coordinator.asked
+
+    run(main())
+
+
 def test_the_endpoints_of_other_servers(model):
     async def main():
         async with gateway(model) as g:
@@ -111,6 +135,17 @@ def test_with_a_key_everybody_needs_it(model, path):
                 async with g.session.get(g.url + path, headers=headers) as response:
                     assert response.status == status
             assert (await g.get("/health"))[0] == (await g.get("/metrics"))[0] == 200
+
+    run(main())
+
+
+def test_a_key_that_is_no_text_is_wrong(model):
+    async def main():
+        async with gateway(model, admin_key="secret") as g:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(g.url.rpartition(":")[2]))
+            writer.write(b"GET /admin/status HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer \xff\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 401")
+            writer.close()
 
     run(main())
 
