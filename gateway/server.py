@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from gateway.app import make_app
 from gateway.config import Config
@@ -77,6 +78,7 @@ async def started(config: Config, model: Model, listener: socket.socket) -> Asyn
 async def accepting(services: Services, listener: socket.socket) -> AsyncIterator[None]:
     """HTTP. Its end stops accepting, lets running requests finish within the limit, then ends them with an error."""
     limit_s = services.config.drain_timeout_s
+    logging.getLogger("aiohttp.server").addFilter(without_traceback)
     runner = web.AppRunner(
         make_app(services),
         handler_cancellation=True,  # a client that goes away cancels its handler, which aborts the request
@@ -119,6 +121,15 @@ async def lame_duck(services: Services, runner: web.AppRunner) -> None:
         if loop.time() >= begun + LAME_DUCK_S and not (services.cluster.told_to_leave.is_set() and services.journal):
             return
         await asyncio.sleep(LAME_DUCK_LOOK_S)
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """A filter for aiohttp's log: what a client sends that is no HTTP is no bug, and one line for each is enough."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+        record.msg, record.args = "%s: %s", (record.getMessage(), " ".join(str(error).split())[:200])
+        record.levelno, record.levelname, record.exc_info = logging.WARNING, "WARNING", None
+    return True
 
 
 def inherited(fd: int) -> socket.socket:

@@ -20,7 +20,10 @@ async def read_json(request: web.Request) -> Body:
     """The body as an object. 415, 413 or 400 when it is something else."""
     if request.content_type != "application/json" and not request.content_type.endswith("+json"):
         raise ApiError(415, "the Content-Type must be application/json")
-    data = await request.read()
+    try:
+        data = await request.read()
+    except web.RequestPayloadError as e:
+        raise bad_request("the request body cannot be decoded as the Content-Encoding says") from e
     try:
         body: Any = json.loads(data)
     except (ValueError, RecursionError) as e:

@@ -1,5 +1,6 @@
 """Every bad input gets one clear error in OpenAI's nested body, and disturbs nobody else."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -108,6 +109,31 @@ def test_bodies_that_are_no_json_object(model, data):
             check_error(status, answer, 400)
 
     run(main())
+
+
+def test_a_body_that_is_not_compressed_as_its_headers_say(model, caplog):
+    async def main():
+        async with gateway(model, FakeRouter()) as g:
+            headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+            status, answer, _ = await g.post(CHAT, data=b"plain", headers=headers)
+            check_error(status, answer, 400)
+
+    run(main())
+    assert all(not r.exc_info and "\n" not in r.getMessage() for r in caplog.records)
+
+
+def test_what_is_no_http_is_one_line_in_the_log(model, caplog):
+    async def main():
+        async with gateway(model, FakeRouter()) as g:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(g.url.rpartition(":")[2]))
+            writer.write(b"GET /health HTTP/1.1\r\nContent-Length: many\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.0 400")
+            writer.close()
+
+    run(main())
+    (record,) = [r for r in caplog.records if r.name == "aiohttp.server"]
+    assert (record.levelname, record.exc_info) == ("WARNING", None)
+    assert "from 127.0.0.1: 400" in record.getMessage() and "\n" not in record.getMessage()
 
 
 def test_content_type_size_model_and_method(model):

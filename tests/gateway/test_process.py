@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -72,6 +73,32 @@ def test_it_joins_serves_and_leaves_on_sigterm(checkpoint, coordinator):
         assert "Traceback" not in log and f"http://127.0.0.1:{port}" in log
     finally:
         process.kill()
+
+
+def test_the_soft_limit_of_descriptors_does_not_limit_connections(checkpoint, coordinator):
+    """libuv closes the connections beyond it at once, and says nothing."""
+    port, (soft, hard) = free_port(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        process = start("--checkpoint", str(checkpoint), "--join", coordinator, "--port", str(port))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    async def main():
+        async with aiohttp.ClientSession() as session:
+            await get_json(session, f"http://127.0.0.1:{port}/health", lambda b: True)
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
+        for reader, writer in opened:
+            writer.write(b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n")
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        for _, writer in opened:
+            writer.close()
+
+    try:
+        run(main())
+    finally:
+        process.kill()
+        process.communicate(timeout=DEADLINE_S)
 
 
 @pytest.mark.parametrize(
