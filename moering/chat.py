@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 
 from moering.config import option
-from moering.http_client import HttpError, get_json, request
+from moering.http_client import HttpError, base, get_json, request
 from moering.process import run_main
 
 Message = dict[str, str]
@@ -77,7 +77,7 @@ def _run(config: Config) -> int:
 
 
 def _first_model(config: Config) -> str:
-    models = get_json(f"{_base(config)}/v1/models", key=config.api_key or None)
+    models = get_json(f"{base(config.url)}/v1/models", key=config.api_key or None)
     try:
         return str(models["data"][0]["id"])
     except (KeyError, IndexError, TypeError) as e:
@@ -111,10 +111,6 @@ def _answer(config: Config, model: str, messages: list[Message]) -> Iterator[str
         "temperature": config.temperature,
         "stream": True,
     }
-    url = f"{_base(config)}/v1/chat/completions"
+    url = f"{base(config.url)}/v1/chat/completions"
     with request(url, body, timeout_s=600.0, key=config.api_key or None) as response:
         yield from pieces(response)
-
-
-def _base(config: Config) -> str:
-    return config.url.rstrip("/")

@@ -139,6 +139,7 @@ def _download(directory: Path) -> Path:
 def _write_model(gguf_path: Path, directory: Path, bar: tqdm[Any]) -> None:
     """Write all files of the checkpoint, one shard in memory at a time."""
     # Imported here: a start from the cache needs none of them.
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     from moering.gguf_source import GgufSource
@@ -151,7 +152,10 @@ def _write_model(gguf_path: Path, directory: Path, bar: tqdm[Any]) -> None:
 
     def write_shard(number: int, tensors: dict[str, Any]) -> None:
         file = f"model-{number:05d}-of-{1 + EXPERT_SHARDS:05d}.safetensors"
-        save_file(tensors, directory / file, {"format": "pt"})
+        try:
+            save_file(tensors, directory / file, {"format": "pt"})
+        except SafetensorError as e:  # a full disk is one
+            raise OSError(str(e)) from e
         weight_map.update(dict.fromkeys(tensors, file))
 
     dense = dense_tensors(source.load, layers, heads, kv_heads)

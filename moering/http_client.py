@@ -24,6 +24,11 @@ class HttpError(MoeringError):
         self.status = status
 
 
+def base(url: str) -> str:
+    """A gateway's address, of which users may have the form that `Ready:` shows and OpenAI's clients want: with /v1."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def request(url: str, body: object = None, timeout_s: float = 10.0, key: str | None = None) -> HTTPResponse:
     """GET `url`, or POST `body` to it as JSON. The caller reads and closes the response. Raises `HttpError`.
 

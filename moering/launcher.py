@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -83,6 +84,11 @@ class Config:
             raise ConfigError("--gpus needs --device cuda")
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"port {self.port} is not in 1..65535")
+        for name in ("coordinator_args", "expert_server_args", "router_args", "gateway_args"):
+            try:
+                shlex.split(getattr(self, name))
+            except ValueError as e:
+                raise ConfigError(f"{name}: {e}") from e
 
     def zone_flags(self, expert_server: int) -> list[str]:
         """Which failure domain an expert server belongs to, counted from 0."""
@@ -110,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(
     config: Config, processes: Sequence[Command], coordinator: str, make: Make, http: socket.socket | None = None
 ) -> int:
-    """Run `processes` until SIGTERM or SIGINT; a second one kills them. Returns the exit status; raises `StartFailed`.
+    """Run `processes` until SIGTERM, SIGINT or SIGHUP; a second one kills them. Returns the exit status; raises
+    `StartFailed`.
 
     The proven exits go to the elected coordinator, or to the single one at address `coordinator`. `make` is for what
     operations add later. The listening socket `http` is closed when the end begins.
@@ -131,8 +138,9 @@ async def _serve(
             if http is not None:
                 http.close()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores it
+                loop.add_signal_handler(number, stop)
         member = LauncherMember(config.prefix + "launcher", finder(coordinator, config.membership), supervisor, make)
         announcing = asyncio.create_task(_announce(config, supervisor.mark_ready))
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from moering.config import option
 from moering.errors import ConfigError, MoeringError
-from moering.http_client import HttpError, get_json, read_json, request
+from moering.http_client import HttpError, base, get_json, read_json, request
 from moering.process import run_main
 
 LOOK_S = 0.3
@@ -82,11 +82,11 @@ def restart(argv: Sequence[str] | None = None) -> int:
 
 
 def _operate(action: str, config: Scale | Drain | Restart, body: dict[str, Any]) -> int:
-    base, key = config.url.rstrip("/"), config.admin_key or None
-    url = f"{base}/admin/{action}"
+    gateway, key = base(config.url), config.admin_key or None
+    url = f"{gateway}/admin/{action}"
     operation = read_json(request(url, {**body, "deadline_s": config.deadline_s}, 30.0, key), url)
     if config.wait:
-        operation = follow(base, operation, key, lambda text: print(text, file=sys.stderr, flush=True))
+        operation = follow(gateway, operation, key, lambda text: print(text, file=sys.stderr, flush=True))
     try:
         print(line(operation))
         return 1 if operation["phase"] == "failed" else 0
@@ -94,7 +94,7 @@ def _operate(action: str, config: Scale | Drain | Restart, body: dict[str, Any])
         raise MoeringError(f"{url} does not answer as expected: {e!r}") from e
 
 
-def follow(base: str, operation: Any, key: str | None, show: Callable[[str], None]) -> Any:
+def follow(gateway: str, operation: Any, key: str | None, show: Callable[[str], None]) -> Any:
     """Wait for the end of an operation and return it; each change is shown. Raises `HttpError`."""
     shown, answered_s = "", time.monotonic()
     while operation["phase"] not in ("done", "failed"):
@@ -103,7 +103,7 @@ def follow(base: str, operation: Any, key: str | None, show: Callable[[str], Non
             show(shown)
         time.sleep(LOOK_S)
         try:
-            operation = get_json(f"{base}/admin/operations/{operation['id']}", key=key)
+            operation = get_json(f"{gateway}/admin/operations/{operation['id']}", key=key)
             answered_s = time.monotonic()
         except HttpError:
             if time.monotonic() - answered_s > PATIENCE_S:

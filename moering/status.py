@@ -10,13 +10,15 @@ replicas than wanted.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moering.config import option
 from moering.errors import MoeringError
-from moering.http_client import get_json
+from moering.http_client import base, get_json
 from moering.process import run_main
 
 COLUMNS = ("id", "kind", "state", "pid", "experts", "zone", "incarnation", "address")
@@ -33,12 +35,18 @@ class Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``moering status``."""
-    return run_main("status", Config, _run, argv)
+    try:
+        status = run_main("status", Config, _run, argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `moering status | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush goes there
+        return 1
+    return status
 
 
 def fetch(url: str, timeout_s: float = 10.0, key: str | None = None) -> Any:
     """The status document of the gateway at `url`. Raises `HttpError`."""
-    return get_json(url.rstrip("/") + "/admin/status", timeout_s, key)
+    return get_json(base(url) + "/admin/status", timeout_s, key)
 
 
 def table(status: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -183,6 +184,23 @@ def test_no_gateway_is_one_line(gateway: Gateway, capsys: pytest.CaptureFixture[
     gateway.server_close()
     assert cli.main(["status", "--url", gateway.url]) == 1
     assert "does not answer: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["/", "/v1", "/v1/"])
+def test_the_address_may_be_that_of_the_ready_line(gateway: Gateway, suffix: str) -> None:
+    assert cli.main(["status", "--url", gateway.url + suffix]) == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_reader_that_has_seen_enough_is_no_bug(gateway: Gateway, flags: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "moering", "status", "--url", gateway.url, *flags]
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_key_is_sent_as_bearer(gateway: Gateway) -> None:

@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -231,6 +232,20 @@ def test_a_failed_build_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPa
             default_model_path()
     assert [p.suffix for p in cache.iterdir()] == [".lock"]
     assert is_complete(default_model_path())
+
+
+def test_a_shard_that_cannot_be_written_is_one_error(
+    cache: Path, small_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(default_model, "_download", lambda directory: small_gguf)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # as a full disk: writing fails in safetensors
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot build.*File too large"):
+            default_model_path()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.suffix for p in cache.iterdir()] == [".lock"]
 
 
 # A process of its own that builds from the small model; it stops itself in the middle when asked to.

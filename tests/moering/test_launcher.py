@@ -73,11 +73,26 @@ def test_says_in_one_line_when_requests_are_accepted(launched: Launched) -> None
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_the_processes_in_order(launched: Launched, mailbox: Mailbox, number: int) -> None:
     launched.process.send_signal(number)
     assert launched.process.wait(DEADLINE_S) == 0
     assert mailbox.rest() == [(i, event) for i in IDS for event in ("told to stop", "ends")]
+
+
+def test_under_nohup_the_end_of_the_terminal_stops_nothing(mailbox: Mailbox) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        launched = Launched(mailbox)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    try:
+        assert launched.line().startswith("Ready:")
+        launched.process.send_signal(signal.SIGHUP)
+        os.kill(launched.pids["expert-server-0"], signal.SIGKILL)
+        assert mailbox.started()["expert-server-0"][0] == 1  # it goes on
+    finally:
+        launched.close()
 
 
 def test_a_proven_exit_goes_to_the_coordinator(launched: Launched, mailbox: Mailbox) -> None:
@@ -208,6 +223,7 @@ def test_the_served_model_has_a_name(config: Config, name: str) -> None:
         ({"drain_timeout_s": -1.0}, "drain_timeout_s"),
         ({"port": 0}, "port 0"),
         ({"port": 65536}, "port 65536"),
+        ({"router_args": "--max-num-seqs '8"}, "router_args: No closing quotation"),
     ],
 )
 def test_impossible_numbers_are_refused(values: dict[str, Any], names: str) -> None:
