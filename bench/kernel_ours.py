@@ -15,7 +15,7 @@ from kernels.quantized_weight import QuantizedWeight, pack_fp8, pack_mxfp4
 from kernels.triton_combine import combine
 from kernels.triton_expert_ffn import GroupedExperts
 from kernels.triton_grouping import PairGrouper
-from kernels.triton_quantized_ffn import QuantizedExperts, choose_quantized_tiling
+from kernels.triton_quantized_ffn import QuantizedExperts
 from kernels.triton_small_tiles import MAX_PAIRS
 
 
@@ -62,11 +62,6 @@ class OursQuantized(Ours):
     def __init__(self, w13: CheckpointWeight, w2: CheckpointWeight, directory: Path | None) -> None:
         self.experts = QuantizedExperts(_packed(w13), _packed(w2))
         self.grouper = PairGrouper(self.experts.num_experts, w13.data.device)
-
-    def variants(self, case: Case) -> Sequence[Any]:
-        """The one that forward would take."""
-        ours = self.experts
-        return [choose_quantized_tiling(case.pairs, ours.num_experts, ours.w13.mxfp4, ours.hidden)]
 
     core = Ours.products
 

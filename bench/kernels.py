@@ -34,7 +34,7 @@ from bench.kernel_quantized import TritonKernelsMXFP4, VLLMFp8, quantized_weight
 ROWS = {"qwen": (1, 8, 64, 256, 1024, 4096, 16384), "mixtral": (1, 8, 64, 256, 1024, 16384),
         "dsv3": (1, 8, 64, 256, 1024, 4096, 16384)}  # fmt: skip
 PASSES = 3
-QUANTIZED_ROWS = (1, 8, 64, 256)
+QUANTIZED_ROWS = (1, 8, 64, 256, 1024, 4096)
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "bf16": {
         "ours": Ours,

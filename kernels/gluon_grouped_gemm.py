@@ -54,7 +54,7 @@ def admits(w13: torch.Tensor, w2: torch.Tensor) -> bool:
 
 
 @gluon.jit
-def _locate(index, total, tiles_ptr, n_blocks, GROUP_M: gl.constexpr):
+def locate(index, total, tiles_ptr, n_blocks, GROUP_M: gl.constexpr):
     """Expert, first position and rows of a work item's tile, and its block; see `triton_grouped_gemm`.
 
     Nothing is read for an item past the last one: the list of tiles may be empty.
@@ -77,7 +77,8 @@ def _locate(index, total, tiles_ptr, n_blocks, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _advance(slot, parity, steps, STAGES: gl.constexpr):
+def advance(slot, parity, steps, STAGES: gl.constexpr):
+    """Slot and parity so many steps on."""
     slot = slot + steps
     return slot % STAGES, parity ^ ((slot // STAGES) & 1)
 
@@ -100,7 +101,7 @@ def _load(
     slot = 0
     parity = 1
     for index in range(gl.program_id(0), total, gl.num_programs(0)):
-        expert, start, rows, block_n = _locate(index, total, tiles_ptr, n_blocks, GROUP_M)
+        expert, start, rows, block_n = locate(index, total, tiles_ptr, n_blocks, GROUP_M)
         if GATE_UP:
             w_row = expert * 2 * columns + block_n * BLOCK_N
             live = m < rows
@@ -122,7 +123,7 @@ def _load(
                 mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
                 tma.async_copy_global_to_shared(x, [start, k0], bar, a.index(slot))
                 tma.async_copy_global_to_shared(w_desc, [w_row, k0], bar, weights)
-            slot, parity = _advance(slot, parity, 1, STAGES)
+            slot, parity = advance(slot, parity, 1, STAGES)
 
 
 @gluon.jit
@@ -144,13 +145,13 @@ def _multiply(
     steps = gl.cdiv(depth, a.shape[2])
     stride = 2 * gl.num_programs(0)
     begin = gl.program_id(0) + CONSUMER * gl.num_programs(0)
-    slot, parity = _advance(0, 0, CONSUMER * steps, STAGES)
+    slot, parity = advance(0, 0, CONSUMER * steps, STAGES)
     turn = 1 - CONSUMER  # consumer 0 begins
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, STORE))
-    expert, start, rows, block_n = _locate(begin, total, tiles_ptr, n_blocks, GROUP_M)
+    expert, start, rows, block_n = locate(begin, total, tiles_ptr, n_blocks, GROUP_M)
     for index in range(begin, total, stride):
         # early, so that the next item's loads are not waited for
-        next_expert, next_start, next_rows, next_block_n = _locate(
+        next_expert, next_start, next_rows, next_block_n = locate(
             index + stride, total, tiles_ptr, n_blocks, GROUP_M
         )  # fmt: skip
         live = m < rows
@@ -166,7 +167,7 @@ def _multiply(
             acc = warpgroup_mma(a.index(slot), b.index(slot).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])  # the step before has been multiplied
             mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), pred=step > 0)
-            slot, parity = _advance(slot, parity, 1, STAGES)
+            slot, parity = advance(slot, parity, 1, STAGES)
         mbarrier.arrive(turns.index(1 - CONSUMER))
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES))
@@ -182,7 +183,7 @@ def _multiply(
         out_ptrs = out_ptr + gl.expand_dims(target.to(gl.int64) * out_stride, 1) + gl.expand_dims(n, 0)
         gl.store(out_ptrs, result, mask=gl.expand_dims(live, 1) & gl.expand_dims(n < columns, 0))
         turn ^= 1
-        slot, parity = _advance(slot, parity, steps, STAGES)  # past the other consumer's item
+        slot, parity = advance(slot, parity, steps, STAGES)  # past the other consumer's item
         expert, start, rows, block_n = next_expert, next_start, next_rows, next_block_n
 
 

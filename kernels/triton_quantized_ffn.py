@@ -1,8 +1,12 @@
-"""Grouped expert FFN on fp8 (128 x 128 blocks) and MXFP4 weights, which are never materialised in bf16."""
+"""Grouped expert FFN on fp8 (128 x 128 blocks) and MXFP4 weights, which are never materialised in bf16.
+
+The arithmetic: `triton_small_tiles`; of fp8 with many rows per expert, `gluon_fp8_gemm`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 import triton
@@ -12,11 +16,28 @@ from kernels.quantized_weight import COLUMNS, QuantizedWeight, pack_fp8
 from kernels.triton_expert_ffn import check_biases
 from kernels.triton_grouping import Grouping, PairGrouper
 from kernels.triton_small_tiles import Cut, SmallTiles, SmallTiling
+from kernels.triton_tiling import FFNTiling, Tiling
+
+gluon_fp8_gemm: Any
+try:
+    from kernels import gluon_fp8_gemm
+except ImportError:  # a Triton without Gluon for Hopper
+    gluon_fp8_gemm = None
+
+WIDE = FFNTiling(128, Tiling(64, 128, 4, 4, 16), Tiling(128, 128, 4, 4, 16))
+"""More than 32 rows per expert, for weights that `gluon_fp8_gemm.admits`; only stages and group_m are a choice."""
 
 
-def choose_quantized_tiling(pairs: int, num_experts: int, mxfp4: bool, hidden: int) -> SmallTiling:
-    """The tiling for `pairs` pairs over `num_experts` local experts; measured at hidden 2048, 4096 and 7168."""
+def choose_quantized_tiling(
+    pairs: int, num_experts: int, mxfp4: bool, hidden: int, wide: bool = False
+) -> SmallTiling | FFNTiling:
+    """The tiling for `pairs` pairs over `num_experts` local experts; measured at hidden 2048, 4096 and 7168.
+
+    wide: whether `WIDE` may be chosen.
+    """
     mean = pairs / num_experts
+    if wide and mean > 32:
+        return WIDE
     block_m = 16 if mean <= 10 else 32 if mean <= 20 else 64
     if mean > 20:
         return SmallTiling(block_m, Cut(64, 128, 3), Cut(128 if mxfp4 else 64, 128, 3), one_launch=False)
@@ -52,7 +73,11 @@ class QuantizedExperts:
         check_biases(biases, experts, double, hidden)
         self.w13, self.w2 = w13, w2
         self.num_experts, self.hidden, self.intermediate = experts, hidden, double // 2
-        self._grouper = PairGrouper(experts, w13.data.device)
+        self._biases, self._limit = biases, float(limit)
+        self._wide: bool = gluon_fp8_gemm is not None and gluon_fp8_gemm.admits(w13)
+        data = w13.data
+        self._sms = torch.cuda.get_device_properties(data.device).multi_processor_count if data.is_cuda else 1
+        self._grouper = PairGrouper(experts, data.device)
         self._small_tiles = SmallTiles(w13, w2, biases, limit)
 
     def forward(
@@ -62,7 +87,7 @@ class QuantizedExperts:
         rows: torch.Tensor | None = None,
         top_k: int = 1,
         out: torch.Tensor | None = None,
-        tiling: SmallTiling | None = None,
+        tiling: SmallTiling | FFNTiling | None = None,
     ) -> torch.Tensor:
         """See GroupedExperts.forward."""
         pairs = experts.numel()
@@ -80,15 +105,24 @@ class QuantizedExperts:
         self.ffn(hidden_states, grouping, activations, out, tiling)
         return out
 
-    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> SmallTiling:
+    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> SmallTiling | FFNTiling:
         """See `choose_quantized_tiling`; num_experts: how many have pairs, where that is known."""
-        return choose_quantized_tiling(pairs, num_experts or self.num_experts, self.w13.mxfp4, self.hidden)
+        experts = num_experts or self.num_experts
+        return choose_quantized_tiling(pairs, experts, self.w13.mxfp4, self.hidden, self._wide)
 
     def ffn(
-        self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, out: torch.Tensor, tiling: SmallTiling
-    ) -> None:
+        self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, out: torch.Tensor,
+        tiling: SmallTiling | FFNTiling,
+    ) -> None:  # fmt: skip
         """See GroupedExperts.ffn."""
-        self._small_tiles.ffn(x, grouping, activations, out, tiling)
+        if isinstance(tiling, SmallTiling):
+            self._small_tiles.ffn(x, grouping, activations, out, tiling)
+            return
+        bias13, bias2 = self._biases or (None, None)
+        gluon_fp8_gemm.gate_up(
+            x, self.w13, bias13, self._limit, activations, grouping, tiling.gate_up, self._sms
+        )  # fmt: skip
+        gluon_fp8_gemm.down(activations, self.w2, bias2, out, grouping, tiling.down, self._sms)
 
 
 def fp8_fingerprint(device: torch.device) -> str:

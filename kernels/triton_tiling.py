@@ -33,7 +33,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class FFNTiling:
-    """Tile height in rows, how both GEMMs of `triton_grouped_gemm` are cut."""
+    """Tile height in rows, how both GEMMs are cut, of `triton_grouped_gemm` or one of the two Gluon modules."""
 
     block_m: int
     gate_up: Tiling

@@ -301,7 +301,10 @@ def test_the_warm_up_meets_every_tiling(hidden, capacity, monkeypatch):
 
     def tilings(calls):
         calls = list(calls)
-        quantized = {choose_quantized_tiling(pairs, experts, False, hidden) for pairs, experts in calls}
+        quantized = [
+            {choose_quantized_tiling(pairs, experts, False, hidden, way) for pairs, experts in calls}
+            for way in (False, True)
+        ]
         several = [(pairs, experts) for pairs, experts in calls if pairs > MAX_PAIRS]
         return quantized, [{choose_tiling(*call, ping_pong=way) for call in several} for way in (False, True)]
 
