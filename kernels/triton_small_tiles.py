@@ -144,13 +144,15 @@ def _gate_up(
 ):  # fmt: skip
     blocks: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
     tile, block, expert, place, live = _find(item, blocks, experts_ptr, tiles_ptr, pairs, LISTED, BLOCK_M, GROUP_M)
+    if LISTED:
+        row = tl.load(rows_ptr + place, mask=live, other=0)
+    elif top_k == 0:  # not only the live ones: it need not wait for the experts
+        row = tl.load(rows_ptr + place, mask=place < pairs, other=0)
+    else:
+        row = place // top_k
     if LISTED or expert >= 0:
         column = block * BLOCK_N
         counter_ptr = tiles_ptr + TILE_FIELDS * tile + COUNTER_FIELD
-        if LISTED or top_k == 0:
-            row = tl.load(rows_ptr + place, mask=live, other=0)
-        else:
-            row = place // top_k
         row_ptrs = x_ptr + row.to(tl.int64)[:, None] * x_stride
         if KIND == "dense" and BLOCK_N >= _APART:
             gate, up = _two_products(
