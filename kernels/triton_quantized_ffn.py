@@ -45,6 +45,8 @@ def choose_quantized_tiling(
     # With less than two down programs for each multiprocessor these are better spread by a launch of their own: in one
     # with gate/up they start where those happen to end, several to a multiprocessor.
     if min(pairs, num_experts) * hidden > 1 << 15:
+        if narrow and hidden > 4096 and mean < 0.5:  # all of gate/up is one wave: more loads under way before down's
+            return SmallTiling(block_m, Cut(32, 128, 6), Cut(64, 128, 6))
         return SmallTiling(block_m, Cut(32, 128, 4) if narrow and hidden <= 4096 else Cut(64, 128, 3), Cut(128, 128, 3))
     down_n = 64 if pairs <= 8 else 128
     if mxfp4:
