@@ -22,7 +22,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
 serve: $(SERVE_STAMP) ## set up and serve: make serve [PORT=8000] [MODEL=default or a directory] [EXPERT_SERVERS=3]
-	@exec $(BIN)/moering serve "$(MODEL)" --port $(PORT) --expert-servers $(EXPERT_SERVERS) --replication $(REPLICATION) $(ARGS)
+	@exec $(BIN)/moering serve "$(or $(MODEL),default)" --port $(PORT) --expert-servers $(EXPERT_SERVERS) --replication $(REPLICATION) $(ARGS)
 
 test: check ## set up, then all checks and tests
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from expert_server.standby import HostReplicas
 from moering.checkpoint import Checkpoint, ExpertWeights
-from moering.errors import MoeringError
+from moering.errors import ConfigError, MoeringError
 from moering.shared_rows import Pin
 
 
@@ -87,7 +87,10 @@ def make_backend(
         from expert_server.backend_cpu import CpuBackend
 
         return CpuBackend(arithmetic, threads)  # type: ignore[arg-type]
-    from expert_server.backend_cuda import CudaBackend
-    from expert_server.formats_cuda import format_of
+    try:
+        from expert_server.backend_cuda import CudaBackend
+        from expert_server.formats_cuda import format_of
+    except ImportError as e:
+        raise ConfigError(f"--device cuda needs PyTorch for CUDA and Triton 3.6: {e}") from e
 
     return CudaBackend(format_of(checkpoint), capacity, threads, host_replicas)

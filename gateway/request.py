@@ -15,6 +15,7 @@ from moering.protocol import MISSING_EXPERT_POLICIES, Sampling
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
+REPETITION_PENALTY = (1e-3, 1e3)  # beyond, logits overflow
 _EXTENSION = ("logits_digest", "on_missing_expert")  # the fields of 'moering'
 
 # Fields that other servers implement and this one does not: refused unless they ask for nothing.
@@ -99,7 +100,7 @@ def parse_options(body: Body, chat: bool, vocab_size: int, eos_ids: tuple[int, .
             min_p=fields.number(body, "min_p", 0.0, 0.0, 1.0),
             presence_penalty=fields.number(body, "presence_penalty", 0.0, -2.0, 2.0),
             frequency_penalty=fields.number(body, "frequency_penalty", 0.0, -2.0, 2.0),
-            repetition_penalty=fields.number(body, "repetition_penalty", 1.0, 0.0, above=True),
+            repetition_penalty=fields.number(body, "repetition_penalty", 1.0, *REPETITION_PENALTY),
             logit_bias=_logit_bias(body, vocab_size),
             seed=_seed(body),
             stop_token_ids=_stop_token_ids(body, vocab_size, eos_ids),

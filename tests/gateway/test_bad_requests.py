@@ -28,7 +28,7 @@ BAD_CHAT: dict[str, dict[str, Any]] = {  # name of the wrong field → body
     "max_tokens": {"max_tokens": 0},
     "max_completion_tokens": {"max_completion_tokens": 1.5},
     "presence_penalty": {"presence_penalty": 3},
-    "repetition_penalty": {"repetition_penalty": 0},
+    "repetition_penalty": {"repetition_penalty": 1e-308},
     "logit_bias": {"logit_bias": {"no": 1}},
     "top_logprobs": {"top_logprobs": 3},
     "stop_token_ids": {"stop_token_ids": [99999]},
