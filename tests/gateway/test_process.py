@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -31,9 +30,10 @@ def coordinator(tmp_path):
     process.wait(DEADLINE_S)
 
 
-def start(*flags: str) -> subprocess.Popen[str]:
+def start(*flags: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("MOERING_")}
-    return subprocess.Popen([sys.executable, "-m", "gateway", *flags], stderr=subprocess.PIPE, text=True, env=env)
+    argv = [*before, sys.executable, "-m", "gateway", *flags]
+    return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=env)
 
 
 async def get_json(session: aiohttp.ClientSession, url: str, done) -> dict:
@@ -77,12 +77,9 @@ def test_it_joins_serves_and_leaves_on_sigterm(checkpoint, coordinator):
 
 def test_the_soft_limit_of_descriptors_does_not_limit_connections(checkpoint, coordinator):
     """libuv closes the connections beyond it at once, and says nothing."""
-    port, (soft, hard) = free_port(), resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-    try:
-        process = start("--checkpoint", str(checkpoint), "--join", coordinator, "--port", str(port))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    port = free_port()
+    flags = "--checkpoint", str(checkpoint), "--join", coordinator, "--port", str(port)
+    process = start(*flags, before=("sh", "-c", 'ulimit -Sn 64; exec "$0" "$@"'))
 
     async def main():
         async with aiohttp.ClientSession() as session:
