@@ -15,11 +15,13 @@ import re
 import select
 import stat
 
+from moering.shared_rows import MAX_SLOTS
+
 PACKET_BYTES = select.PIPE_BUF
 """A longer packet could be torn apart."""
 _OFFER = re.compile(r"([1-9][0-9]{0,9}):([0-9]{1,7}):([0-9]{1,20}):([0-9]{1,7}):([0-9]{1,20})")
 _PACKETS = getattr(os, "O_DIRECT", 0) if hasattr(fcntl, "F_SETPIPE_SZ") else 0  # a read gets what one write gave
-_CAPACITY = 64 * PACKET_BYTES  # a packet takes a page: as many as there may be slots
+_CAPACITY = MAX_SLOTS * PACKET_BYTES  # a packet takes a page
 
 
 class Doorbell:

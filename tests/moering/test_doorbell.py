@@ -12,6 +12,7 @@ import pytest
 
 from moering import doorbell
 from moering.doorbell import PACKET_BYTES, Doorbell, DoorbellOffer
+from moering.shared_rows import MAX_SLOTS
 
 
 @pytest.fixture
@@ -91,8 +92,6 @@ def test_what_a_pipe_does_not_take_has_to_go_another_way(ends: tuple[Doorbell, D
 
 
 def test_a_pipe_has_room_for_a_packet_of_each_slot(ends: tuple[Doorbell, Doorbell]) -> None:
-    from moering.shared_rows import MAX_SLOTS
-
     for here, there in (ends, ends[::-1]):
         assert all(here.send(bytes(PACKET_BYTES)) for _ in range(MAX_SLOTS))
         assert all(there.receive() is not None for _ in range(MAX_SLOTS))

@@ -8,27 +8,21 @@ import pytest
 from moering import protocol
 from moering.doorbell import Doorbell
 from moering.expert_frames import Dispatch
-from moering.protocol import NotHere, Welcome
-from moering.shared_rows import Layout, SharedRows
-from tests.router.test_exchange import HIDDEN, Harness, Rows, Server
-from tests.router.test_reused_slots import IDS, ONLY, ByHand
+from moering.protocol import Hello, NotHere
+from tests.router.test_exchange import Harness, Rows, Server
+from tests.router.test_reused_slots import IDS, ONLY, ByHand, harness
+
+__all__ = ["harness"]
 
 
 class Near(ByHand):
     """It takes the doorbell, and answers there."""
 
-    def accept(self) -> None:
-        self.harness.until(lambda: self.server.socket.poll(0))
-        identity, header = self.server.socket.recv_multipart()
-        hello, _ = protocol.decode([header])
-        segment = SharedRows.open(hello.shared_rows, Layout(hello.shared_slots, 1000, HIDDEN))
+    def take_doorbell(self, hello: Hello) -> bool:
         bell = Doorbell.open(hello.doorbell)
-        assert segment is not None and bell is not None
+        assert bell is not None
         self.bell = bell
-        self.identities.append(identity)
-        self.segments.append(segment)
-        self.say(Welcome("a", self.server.incarnation, 1000, 1000, segment.layout.rows, doorbell=True))
-        self.harness.connected(self.server)
+        return True
 
     def heard(self) -> Dispatch:
         """The next dispatch that came through the doorbell."""
@@ -40,13 +34,6 @@ class Near(ByHand):
 
     def ring(self, message: object) -> None:
         assert self.bell.send(protocol.encode(message))
-
-
-@pytest.fixture
-def harness() -> Iterator[Harness]:
-    h = Harness()
-    yield h
-    h.exchange.close()
 
 
 @pytest.fixture

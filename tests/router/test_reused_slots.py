@@ -11,7 +11,7 @@ import pytest
 
 from moering import protocol
 from moering.expert_frames import INLINE, Dispatch, Reply
-from moering.protocol import NotHere, Welcome
+from moering.protocol import Hello, NotHere, Welcome
 from moering.shared_rows import SLOTS, Layout, SharedRows
 from router.expert_rows import HostRows
 from tests.router.test_exchange import EXPERTS, HIDDEN, LAYERS, Harness, Rows, Server
@@ -38,8 +38,13 @@ class ByHand:
         assert segment is not None
         self.identities.append(identity)
         self.segments.append(segment)
-        self.say(Welcome("a", self.server.incarnation, 1000, 1000, layout.rows))
+        rung = self.take_doorbell(hello)
+        self.say(Welcome("a", self.server.incarnation, 1000, 1000, layout.rows, doorbell=rung))
         self.harness.connected(self.server)
+
+    def take_doorbell(self, hello: Hello) -> bool:
+        """Whether it listens to the one that the hello offers."""
+        return False
 
     def say(self, message: object, connection: int = -1) -> None:
         self.server.socket.send_multipart([self.identities[connection], protocol.encode(message)])
