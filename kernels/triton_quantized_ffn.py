@@ -39,21 +39,33 @@ def choose_quantized_tiling(
     if wide and mean > 32:
         return WIDE
     block_m = 16 if mean <= 10 else 32 if mean <= 20 else 64
-    if mean > 20:
-        return SmallTiling(block_m, Cut(64, 128, 3), Cut(128 if mxfp4 else 64, 128, 3), one_launch=False)
-    narrow = not mxfp4 and mean < 1.5  # also where only experts with pairs are counted
     # With less than two down programs for each multiprocessor these are better spread by a launch of their own: in one
     # with gate/up they start where those happen to end, several to a multiprocessor.
-    if min(pairs, num_experts) * hidden > 1 << 15:
+    down_columns = min(pairs, num_experts) * hidden
+    one_launch = mean <= 20 and down_columns > 1 << 15
+    if mxfp4:
+        return _choose_mxfp4(mean, block_m, hidden, down_columns, one_launch)
+    if mean > 20:
+        return SmallTiling(block_m, Cut(64, 128, 3), Cut(64, 128, 3), one_launch=False)
+    narrow = mean < 1.5  # also where only experts with pairs are counted
+    if one_launch:
         if narrow and hidden > 4096 and mean < 0.5:  # all of gate/up is one wave: more loads under way before down's
             return SmallTiling(block_m, Cut(32, 128, 6), Cut(64, 128, 6))
         return SmallTiling(block_m, Cut(32, 128, 4) if narrow and hidden <= 4096 else Cut(64, 128, 3), Cut(128, 128, 3))
-    down_n = 64 if pairs <= 8 else 128
-    if mxfp4:
-        gate_up = Cut(32, 256, 3) if pairs <= 8 or mean <= 2 else Cut(128, 128, 3)
-        return SmallTiling(block_m, gate_up, Cut(down_n, 256, 3), one_launch=False)
     gate_up = Cut(32, 128, 4) if narrow else Cut(64, 128, 3)
-    return SmallTiling(block_m, gate_up, Cut(down_n, 128, 4 if down_n == 64 else 3), one_launch=False)
+    return SmallTiling(block_m, gate_up, Cut(64, 128, 4) if pairs <= 8 else Cut(128, 128, 3), one_launch=False)
+
+
+def _choose_mxfp4(mean: float, block_m: int, hidden: int, down_columns: int, one_launch: bool) -> SmallTiling:
+    """Caps let more programs share a multiprocessor, as one waits while another widens."""
+    if mean > 20:
+        return SmallTiling(block_m, Cut(64, 128, 3), Cut(128, 128, 3), one_launch=False, registers=168)
+    if mean < 1.5 and down_columns < 1 << 16:  # few programs: narrow blocks spread better, deep ones load more at once
+        return SmallTiling(block_m, Cut(32, 256, 3), Cut(64, 256, 3), one_launch=one_launch)
+    if not one_launch:
+        return SmallTiling(block_m, Cut(64, 128, 3), Cut(128, 256, 3), one_launch=False)
+    short = hidden <= 2048 and mean > 2  # programs of few steps, several for each place
+    return SmallTiling(block_m, Cut(64, 128, 3), Cut(128, 128, 3), registers=80 if short else None)
 
 
 class QuantizedExperts:

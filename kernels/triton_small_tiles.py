@@ -44,8 +44,9 @@ class Cut:
 class SmallTiling:
     """Tile height in rows, how both products are cut, in one launch or in one each.
 
-    group_m: tiles of an expert that share a weight block before the next one. With quantised weights no choice changes
-    a result's bits while gate/up's block_n is at least 32 and down's 64; with others none does.
+    group_m: tiles of an expert that share a weight block before the next one. registers: most of a thread, if capped.
+    With quantised weights no choice changes a result's bits while gate/up's block_n is at least 32 and down's 64; with
+    others none does.
     """
 
     block_m: int
@@ -54,6 +55,7 @@ class SmallTiling:
     warps: int = 4
     group_m: int = 8
     one_launch: bool = True
+    registers: int | None = None
 
 
 _FEW_PAIRS = SmallTiling(MAX_PAIRS, Cut(16, 256, 5), Cut(32, 256, 6), warps=2)
@@ -294,7 +296,7 @@ class SmallTiles:
                 LISTED=listed, GATE_UP=gate_up, DOWN=down, BLOCK_M=tiling.block_m, GROUP_M=tiling.group_m,
                 GATE_UP_N=first.block_n, GATE_UP_K=first.block_k, GATE_UP_STAGES=first.stages,
                 DOWN_N=second.block_n, DOWN_K=second.block_k, DOWN_STAGES=second.stages,
-                OUT_AT=out_at, num_warps=tiling.warps, **self._constants,
+                OUT_AT=out_at, num_warps=tiling.warps, maxnreg=tiling.registers, **self._constants,
             )  # fmt: skip
 
 

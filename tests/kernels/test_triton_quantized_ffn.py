@@ -117,6 +117,15 @@ def test_one_launch_where_down_fills_the_multiprocessors() -> None:
     assert got == [False, True, True, False, True, False]
 
 
+def test_mxfp4_tilings_follow_the_number_of_programs() -> None:
+    cells = [(7, 32, 7168), (16, 8, 4096), (64, 32, 7168), (64, 128, 2048), (512, 128, 2048), (512, 8, 4096)]
+    got = [choose_quantized_tiling(pairs, experts, True, hidden) for pairs, experts, hidden in cells]
+    assert [tiling.gate_up.block_n for tiling in got] == [32, 64, 64, 64, 64, 64]
+    assert [tiling.down.block_k for tiling in got] == [256, 256, 128, 128, 128, 128]
+    assert [tiling.one_launch for tiling in got] == [True, False, True, True, True, False]
+    assert [tiling.registers for tiling in got] == [None, None, None, None, 80, 168]
+
+
 def test_arguments_are_checked() -> None:
     (w13, _), (w2, _) = fp8(2, 256, 128), fp8(2, 128, 128)
     with pytest.raises(ValueError, match="belong together"):
