@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_S = 0.25
 """Loaded experts are reported in batches; orphans, for which requests may wait, as soon as the last is there."""
-PROGRESS_S = 2.0
+PROGRESS_S = 10.0
 
 
 class Loader:
@@ -75,7 +75,7 @@ class Loader:
             self._hurries = bool(orphans)
         missing = given.in_order(given.needed(online) - held)
         if missing:
-            logger.info("loading %d experts, %d of them orphans", len(missing), len(orphans & set(missing)))
+            logger.debug("loading %d experts, %d of them orphans", len(missing), len(orphans & set(missing)))
         done = self._load_all(missing, given, online)
         if online and done:
             self._hurries = False
@@ -110,7 +110,8 @@ class Loader:
             if n < len(missing) and key not in given.orphans and not self._hurries:
                 self._rest(given, self._rest_s(now - begun))
         if missing:
-            logger.info("loaded %d experts in %.1f s", len(missing), time.monotonic() - started)
+            level = logging.INFO if online else logging.DEBUG  # one that joins says next that it is online
+            logger.log(level, "loaded %d experts in %.1f s", len(missing), time.monotonic() - started)
         return True
 
     def rest(self, view: View, took_s: float) -> bool:

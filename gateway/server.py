@@ -53,7 +53,7 @@ async def serve(config: Config) -> int:
         joined(services, on_refused=lambda: _resolve(stop, 1)),
         accepting(services, listener),
     ):
-        logger.info("serving %s at %s", model.name, services.own.address)
+        logger.info("listening at %s for requests to %s", services.own.address, model.name)
         status = await told_to_stop(stop, services.cluster.told_to_leave)
         logger.info("stopping; %d requests may finish within %g s", len(services.journal), config.drain_timeout_s)
     return status

@@ -205,7 +205,6 @@ def _run(config: Config) -> int:
     os.environ.pop("MOERING_CONFIG", None)  # the keys of that file are the launcher's; its processes would refuse them
     http = _listen(config)
     checkpoint = _checkpoint(config.model)
-    logger.info("%d expert servers, replication %d", config.expert_servers, config.replication)
     run_directory = _make_run_directory()
     commands = Commands(config, checkpoint, run_directory, http.fileno())
     try:

@@ -70,8 +70,9 @@ class LeaseSession:
         if isinstance(message, View):
             self._take_view(message)
         elif isinstance(message, Registered):
-            if not self._registered:
-                logger.info("joined the coordinator's term %d", message.term)
+            if not self._registered:  # the first coordinator is no news: who joins says when it is online
+                level = logging.DEBUG if self._view is None else logging.INFO
+                logger.log(level, "joined the coordinator's term %d", message.term)
             was, self._registered = self._registered, True
             return not was
         elif isinstance(message, Unknown):

@@ -43,6 +43,7 @@ from moering.recovery import Recovery
 from moering.roster import Roster
 from moering.tables import Tables, make_view
 from moering.timeline import Timeline
+from moering.view_log import ViewLog
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Membership:
         self.rules, self.own, self._epoch_s = rules, own, epoch_s
         self.operations = Operations()
         self.timeline = Timeline()
+        self._log = ViewLog()
         self.roster = Roster(rules, now_s)
         self.admission = Admission(rules.allow_inexact)
         self.placement: Placement | None = None
@@ -111,7 +113,7 @@ class Membership:
         if self.admission.adopt(register, others):
             self.placement = Placement(register.layers, register.experts, self.rules.replication)
             self._popularity = Popularity(register.layers, register.experts)
-            logger.info("serving %s: %d layers of %d experts", register.model, register.layers, register.experts)
+            logger.debug("serving %s: %d layers of %d experts", register.model, register.layers, register.experts)
         held = self._unpack(register.held) if info.kind == "expert-server" else None
         if old is not None and old.info.incarnation != info.incarnation:
             self._bury(old, "a new incarnation registered", proven=True, now_s=now_s)
@@ -119,7 +121,7 @@ class Membership:
             info, sender, now_s + self.rules.lease_s, progress_at_s=now_s, expert_bytes=register.expert_bytes,
             view_sent_s=now_s,  # the view of before does not name it; the next one is on its way
         )  # fmt: skip
-        logger.info("%s %s registered (pid %d, %s)", info.kind, info.server_id, info.pid, info.state)
+        logger.debug("%s %s registered (pid %d, %s)", info.kind, info.server_id, info.pid, info.state)
         self._event("member.registered", info.server_id, f"pid {info.pid}, {info.state}", now_s)
         if info.kind == "expert-server":
             self._server_registered(info, held, now_s)
@@ -180,7 +182,7 @@ class Membership:
         info = record.info
         self._dirty = True
         self._event(f"member.{info.state.lower()}", info.server_id, f"was {was}", now_s)
-        logger.info("%s %s: %s → %s", info.kind, info.server_id, was, info.state)
+        logger.debug("%s %s: %s → %s", info.kind, info.server_id, was, info.state)
         if info.kind == "expert-server" and self.placement is not None:
             self.placement.put(info.server_id, info.zone, info.capacity, info.state, None)
             self._replan |= "DRAINING" in (was, info.state)
@@ -352,11 +354,7 @@ class Membership:
         self.timeline.published(before, self.view, now_s + self._epoch_s)
         if tables is not None and self.placement is not None:
             self.placement.published(tables, self.epoch)
-        logger.info(
-            "epoch %d: %d members, %d orphans, %d experts under %d replicas, %d failures survivable, %d restorable",
-            self.epoch, sum(m.state != "OFFLINE" for m in members), self.view.orphans, self.view.under_target,
-            self.rules.replication, self.view.failures_survivable, self.view.failures_restorable,
-        )  # fmt: skip
+        self._log.published(self.view, now_s)
         for record in self.roster.alive():
             record.view_sent_s = now_s
         return [Send(r.identity, self.view) for r in self.roster.alive()]

@@ -1,4 +1,4 @@
-"""What happened to the cluster, as events: kept in a bounded list, and logged as JSON, one per line. Pure."""
+"""What happened to the cluster, as events: kept in a bounded list, and logged as JSON, one per line, at DEBUG. Pure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from moering.protocol import Event, Operation, View
+from moering.view_log import describe_view
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Timeline:
         self._last_id = max(self._last_id + 1, int(at * 1e6))
         event = Event(self._last_id, type, subject, epoch, text)
         self._events.append(event)
-        logger.info("%s", json.dumps(as_json(event)))
+        logger.debug("%s", json.dumps(as_json(event)))
 
     def after(self, event_id: int, limit: int) -> list[Event]:
         """The oldest `limit` events with a higher id."""
@@ -49,13 +50,7 @@ class Timeline:
 
     def published(self, before: View | None, view: View, at: float) -> None:
         """A view was published: what has changed of the plan, of redundancy and of operations."""
-        old = _redundancy(before)
-        text = "; ".join(filter(None, [
-            f"{sum(m.state != 'OFFLINE' for m in view.members)} processes",
-            f"{view.failures_survivable} failures survivable" if view.layers else "no plan yet",
-            f"{view.orphans} experts without a replica" if view.orphans else "",
-            f"{view.under_target} under {view.replication} replicas" if view.under_target else "",
-        ]))  # fmt: skip
+        old, text = _redundancy(before), describe_view(view)
         self.add("plan.published", "", text, at=at, epoch=view.epoch)
         if old and not _redundancy(view):
             self.add("redundancy.lost", "", text, at=at, epoch=view.epoch)

@@ -258,7 +258,7 @@ class Exchange:
             self._listen(connection)
             self.dispatcher.connected(server, message.incarnation, message.credit_rows, message.max_rows, now)
             self.changed = True
-            logger.info("connected to %s: %s", server, connection.terms)
+            logger.debug("connected to %s: %s", server, connection.terms)
 
     def _put(self, connection: Connection, reply: Reply, tensor: memoryview | None) -> None:
         """Write the rows of a reply to the slots it answers."""

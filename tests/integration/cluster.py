@@ -25,6 +25,8 @@ SERVERS = ("expert-0", "expert-1", "expert-2")
 REPO = Path(__file__).parents[2]
 BRISK = {"MOERING_NICE": "no"}
 """Expert servers start at normal priority: beside other work on a small machine the low one is none at all."""
+VERBOSE = {"MOERING_LOG_LEVEL": "DEBUG"}
+"""Tests look for connections and for single views in the log."""
 TWO_ROUTERS = ("--routers", "2", "--router-args", "--threads 1 --no-nice")
 
 
@@ -57,7 +59,7 @@ class Cluster:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         argv = [sys.executable, "-m", *program, str(checkpoint), "--port", str(port), *flags]
-        env = os.environ | {"XDG_RUNTIME_DIR": run_directory, "OMP_NUM_THREADS": "1", **BRISK, **environment}
+        env = os.environ | {"XDG_RUNTIME_DIR": run_directory, "OMP_NUM_THREADS": "1", **BRISK, **VERBOSE, **environment}
         with log.open("wb") as out:
             self.launcher = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, cwd=REPO, env=env)
 

@@ -34,7 +34,7 @@ def test_only_the_last_events_are_kept() -> None:
 
 
 def test_every_event_is_a_line_of_json(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "moering.timeline")
+    caplog.set_level("DEBUG", "moering.timeline")
     t = Timeline()
     t.add("member.offline", "expert-1", 'it said "no"\nand died', at=12.5, epoch=7)
     (line,) = [r.message for r in caplog.records]
