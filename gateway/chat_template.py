@@ -27,7 +27,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as e:
-            raise CheckpointError(f"the chat template does not parse: {e}") from e
+            raise CheckpointError(f"the chat template does not parse: {' '.join(str(e).split())}") from e
         self._tokens = tokens
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, extra: dict[str, Any]) -> str:

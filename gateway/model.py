@@ -67,7 +67,7 @@ def load_model(path: str | Path, served_name: str = "", context_tokens: int = 0)
     text_config = config.get("text_config", config)
     tokenizer = _read_tokenizer(root / "tokenizer.json")
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    limit = int(text_config.get("max_position_embeddings", 0))
+    limit = _integer(text_config.get("max_position_embeddings", 0), "max_position_embeddings", root)
     if context_tokens > limit > 0:
         raise CheckpointError(f"a context of {context_tokens} tokens; {root / 'config.json'} allows {limit}")
     return Model(
@@ -75,7 +75,7 @@ def load_model(path: str | Path, served_name: str = "", context_tokens: int = 0)
         checkpoint_name=root.resolve().name,
         created=int((root / "config.json").stat().st_mtime),
         context_tokens=context_tokens or limit,
-        vocab_size=int(text_config.get("vocab_size", tokenizer.get_vocab_size())),
+        vocab_size=_integer(text_config.get("vocab_size", tokenizer.get_vocab_size()), "vocab_size", root),
         eos_ids=_eos_ids(root, text_config),
         tokenizer=tokenizer,
         template=_read_template(root),
@@ -90,7 +90,7 @@ def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"cannot read {path}: {e}") from e
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
@@ -117,22 +117,38 @@ def _eos_ids(root: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """End-of-text ids: those of generation_config.json, else of config.json."""
     value = _read_json(root / "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(int(i) for i in ids)
+    return tuple(_integer(i, "eos_token_id", root) for i in ids)
+
+
+def _integer(value: Any, name: str, root: Path) -> int:
+    if type(value) is not int:
+        raise CheckpointError(f"{root}: {name} {value!r:.100} is not an integer")
+    return value
 
 
 def _read_template(root: Path) -> ChatTemplate | None:
     """`chat_template.jinja`, else the field in tokenizer_config.json (text, or a list of named ones)."""
     config = _read_json(root / "tokenizer_config.json")
-    source = config.get("chat_template")
+    path, source = root / "tokenizer_config.json", config.get("chat_template")
     if isinstance(source, list):
         named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
         source = named.get("default")
     jinja_file = root / "chat_template.jinja"
     if jinja_file.is_file():
-        source = jinja_file.read_text(encoding="utf-8")
+        path, source = jinja_file, _read_text(jinja_file)
     if not isinstance(source, str):
         return None
-    return ChatTemplate(source, {name: text for name in _TOKEN_NAMES if (text := _token_text(config.get(name)))})
+    try:
+        return ChatTemplate(source, {name: text for name in _TOKEN_NAMES if (text := _token_text(config.get(name)))})
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as e:
+        raise CheckpointError(f"cannot read {path}: {e}") from e
 
 
 def _token_text(value: Any) -> str:

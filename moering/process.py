@@ -28,7 +28,7 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from moering.config import parse
-from moering.errors import ConfigError, MoeringError
+from moering.errors import CheckpointError, ConfigError, MoeringError
 from moering.telemetry import set_up_logging
 
 LAUNCHER_FD = "MOERING_LAUNCHER_FD"
@@ -51,9 +51,10 @@ logger = logging.getLogger(__name__)
 def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Sequence[str] | None = None) -> int:
     """Read the configuration, set up logging, watch the launcher, and `run(config)`. Returns the exit status.
 
-    A `ConfigError` is one line on stderr and status 2, any other `MoeringError` one line and status 1; other
-    exceptions, in whatever thread, are bugs and end the process with their traceback. Log lines carry the config's
-    ``id`` where it has one, else `kind`. The file that its ``key`` names, where it has one, protects all zmq sockets.
+    A `ConfigError` or `CheckpointError` is one line on stderr and status 2: starting again cannot help. Any other
+    `MoeringError` is one line and status 1; other exceptions, in whatever thread, are bugs and end the process with
+    their traceback. Log lines carry the config's ``id`` where it has one, else `kind`. The file that its ``key`` names,
+    where it has one, protects all zmq sockets.
     """
     watch_launcher()
     prog = f"moering {kind}"
@@ -65,7 +66,7 @@ def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Se
         return run(config)
     except MoeringError as e:
         print(f"{prog}: {e}", file=sys.stderr, flush=True)
-        return 2 if isinstance(e, ConfigError) else 1
+        return 2 if isinstance(e, ConfigError | CheckpointError) else 1
     except KeyboardInterrupt:  # before signal handlers were installed
         return 128 + signal.SIGINT
     finally:

@@ -28,7 +28,7 @@ TAIL_LINES = 20
 LAST_LINES_S = 1.0
 MAX_LINE_BYTES = 1 << 16
 USAGE_STATUS = 2
-"""Exit status of a process that refuses its configuration: starting it again cannot help."""
+"""Exit status of a process that refuses its configuration or the checkpoint: starting it again cannot help."""
 
 
 @dataclass(frozen=True)

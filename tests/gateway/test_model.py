@@ -58,7 +58,24 @@ def test_a_context_beyond_the_models_is_refused(path):
 def test_a_template_that_does_not_parse_is_refused(path):
     config = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{% if %}"}))
-    with pytest.raises(CheckpointError, match="does not parse"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: the chat template does not parse"):
+        load_model(path)
+    (path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: the chat template does not parse") as e:
+        load_model(path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_template_that_is_no_text_is_refused(path):
+    (path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("value", ["2", [2, None], 2.5])
+def test_an_end_of_text_that_is_no_id_is_refused(path, value):
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match="eos_token_id"):
         load_model(path)
 
 

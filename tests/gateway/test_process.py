@@ -102,7 +102,7 @@ def test_the_soft_limit_of_descriptors_does_not_limit_connections(checkpoint, co
     ("flags", "status", "message"),
     [
         ([], 2, "--checkpoint is needed"),
-        (["--checkpoint", "/nowhere"], 1, "/nowhere is not a directory"),
+        (["--checkpoint", "/nowhere"], 2, "/nowhere is not a directory"),
         (["--max-requests", "many"], 2, "max_requests"),
     ],
 )

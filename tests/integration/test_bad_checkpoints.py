@@ -1,4 +1,4 @@
-"""`moering serve` on a checkpoint that cannot be served: one error, and no process ever announces itself."""
+"""`moering serve` on a checkpoint that cannot be served: one error at once, and no process ever announces itself."""
 
 from __future__ import annotations
 
@@ -50,12 +50,27 @@ def outside(path: Path) -> str:
     return "../elsewhere.safetensors"
 
 
+def serve(path: Path) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "moering", "serve", str(path), "--port", str(free_port())]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE_S, cwd=REPO, check=False)
+
+
 @pytest.mark.parametrize("spoil", [empty, unsupported, truncated, incomplete, outside])
 def test_one_error_and_nothing_starts(spoil: Callable[[Path], str], tmp_path: Path) -> None:
     named = spoil(tmp_path / "model")
-    argv = [sys.executable, "-m", "moering", "serve", str(tmp_path / "model"), "--port", str(free_port())]
-    ended = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE_S, cwd=REPO, check=False)
-    assert ended.returncode == 1
+    ended = serve(tmp_path / "model")
+    assert ended.returncode == 2
     errors = [line for line in ended.stderr.splitlines() if line.startswith("moering serve:")]
     assert len(errors) == 1 and named in errors[0], ended.stderr
     assert "Traceback" not in ended.stderr and "started" not in ended.stderr and "Ready" not in ended.stdout
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja"])
+def test_the_text_side_is_refused_by_the_gateway_and_nothing_is_started_again(file: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / file).write_text("{% if %}")
+    ended = serve(tmp_path / "model")
+    assert ended.returncode == 1
+    *_, error, said = ended.stderr.splitlines()
+    assert error.startswith("moering serve: gateway-0") and said.startswith("moering gateway:") and file in said, said
+    assert "Traceback" not in ended.stderr and "starting it again" not in ended.stderr and "Ready" not in ended.stdout

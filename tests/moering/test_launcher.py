@@ -255,7 +255,7 @@ def test_a_model_that_is_no_directory_is_one_line(tmp_path: Path, capsys: pytest
 
 
 def test_a_bad_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launcher.main([str(tmp_path), "--port", str(free_port())]) == 1
+    assert launcher.main([str(tmp_path), "--port", str(free_port())]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert f"{tmp_path}/config.json" in error[0]

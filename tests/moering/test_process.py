@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moering.config import option
-from moering.errors import CheckpointError, ConfigError
+from moering.errors import CheckpointError, ConfigError, HandshakeError
 from moering.process import LAUNCHER_FD, LAUNCHER_PID, command_line, incarnation, run_main
 from moering.telemetry import set_up_logging
 from tests.moering.stubs import DEADLINE_S
@@ -36,9 +36,17 @@ def test_a_wrong_flag_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_error_meant_for_a_person_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def run(config: Config) -> int:
-        raise CheckpointError("no shard 3")
+        raise HandshakeError("another version")
 
     assert run_main("stub", Config, run, []) == 1
+    assert capsys.readouterr().err == "moering stub: another version\n"
+
+
+def test_a_checkpoint_that_cannot_be_served_is_refused_as_a_wrong_flag_is(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: Config) -> int:
+        raise CheckpointError("no shard 3")
+
+    assert run_main("stub", Config, run, []) == 2
     assert capsys.readouterr().err == "moering stub: no shard 3\n"
 
 
