@@ -83,6 +83,10 @@ def parse_options(body: Body, chat: bool, vocab_size: int, eos_ids: tuple[int, .
     stream = fields.boolean(body, "stream", False)
     max_tokens = _max_tokens(body, chat)
     extension = _extension(body)
+    min_tokens = fields.integer(body, "min_tokens", 0, 0)
+    stop_token_ids = _stop_token_ids(body, vocab_size, eos_ids)
+    if min_tokens and len(stop_token_ids) >= vocab_size:
+        raise bad_request("'min_tokens' leaves no token: all that the model has are stop ids", "min_tokens")
     return Options(
         n=fields.integer(body, "n", 1, 1, max_choices),
         stream=stream,
@@ -93,7 +97,7 @@ def parse_options(body: Body, chat: bool, vocab_size: int, eos_ids: tuple[int, .
         return_token_ids=fields.boolean(body, "return_token_ids", False),
         sampling=Sampling(
             max_tokens=0 if max_tokens is None else max_tokens,
-            min_tokens=fields.integer(body, "min_tokens", 0, 0),
+            min_tokens=min_tokens,
             temperature=fields.number(body, "temperature", 1.0, 0.0),
             top_k=max(0, fields.integer(body, "top_k", 0, -1)),
             top_p=fields.number(body, "top_p", 1.0, 0.0, 1.0, above=True),
@@ -103,7 +107,7 @@ def parse_options(body: Body, chat: bool, vocab_size: int, eos_ids: tuple[int, .
             repetition_penalty=fields.number(body, "repetition_penalty", 1.0, *REPETITION_PENALTY),
             logit_bias=_logit_bias(body, vocab_size),
             seed=_seed(body),
-            stop_token_ids=_stop_token_ids(body, vocab_size, eos_ids),
+            stop_token_ids=stop_token_ids,
             logprobs=_chat_logprobs(body) if chat else fields.integer(body, "logprobs", -1, 0, MAX_LOGPROBS),
             logits_digest=fields.boolean(extension, "logits_digest", False),
             on_missing_expert=_on_missing_expert(extension),

@@ -36,6 +36,7 @@ BAD_CHAT: dict[str, dict[str, Any]] = {  # name of the wrong field → body
     "response_format": {"response_format": {"type": "json_object"}},
     "tools": {"tools": [{"type": "function"}]},
     "chat_template_kwargs": {"chat_template_kwargs": []},
+    "min_tokens": {"min_tokens": 1, "stop_token_ids": list(range(320))},
     "moering": {"moering": {"on_missing_expert": "guess"}},
     "model": {"model": 5},
 }
@@ -205,3 +206,14 @@ def test_a_template_that_refuses_is_the_clients_error(model, tmp_path):
     spinning = ChatTemplate("{% for i in range(10**9) %}x{% endfor %}", {})
     with pytest.raises(ApiError):
         spinning.render([], True, {})
+
+
+def test_one_id_that_does_not_stop_is_enough_for_min_tokens(model):
+    async def main():
+        async with gateway(model, FakeRouter()) as g:
+            body = {"prompt": "a", "max_tokens": 1, "min_tokens": 1, "stop_token_ids": list(range(1, 320))}
+            assert (await g.post(TEXT, {**body, "ignore_eos": True}))[0] == 200
+            everything = {**body, "stop_token_ids": list(range(320)), "min_tokens": 0}
+            assert (await g.post(TEXT, everything))[0] == 200
+
+    run(main())
