@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
+from gateway.journal import Scored
 from gateway.logprobs import chat_logprobs, completion_logprobs
 from gateway.model import Model
 from gateway.output import ChoiceOutput, Delta
@@ -150,7 +151,7 @@ class CompletionFormat(_Base):
         choice = {
             "index": output.index,
             "text": delta.text,
-            "logprobs": self._logprobs(output.index, delta.tokens),
+            "logprobs": self._logprobs(output.index, [*delta.prompt, *delta.tokens]),
             "finish_reason": delta.finish_reason,
             **self._extras(output, delta),
         }
@@ -159,7 +160,7 @@ class CompletionFormat(_Base):
         self._opened.add(output.index)
         return choice
 
-    def _logprobs(self, index: int, tokens: list[Token]) -> Object | None:
+    def _logprobs(self, index: int, tokens: list[Token | Scored]) -> Object | None:
         if self._options.sampling.logprobs < 0:
             return None
         offset = self._offsets.get(index, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 from gateway.errors import failure
@@ -27,8 +27,10 @@ class Generation:
         pool: RouterPool,
         metrics: Metrics,
         timeout_s: float,
+        echoes: Sequence[str] = (),
     ) -> None:
-        """Raises `ApiError` when a prompt does not fit the context; nothing has started then."""
+        """`echoes`: the texts of the prompts, where answers begin with them. Raises `ApiError` when a prompt does not
+        fit the context; nothing has started then."""
         self._pool, self._metrics = pool, metrics
         self._events: list[tuple[int, Event]] = []
         self._wake = asyncio.Event()
@@ -36,13 +38,13 @@ class Generation:
         self._last_token: dict[int, float] = {}
         self.prompts, self.options = prompts, options
         self.outputs: list[ChoiceOutput] = []
-        for prompt in prompts:
+        for prompt, echo in zip(prompts, echoes or [""] * len(prompts), strict=True):
             for choice in range(options.n):
                 index = len(self.outputs)
                 sampling = options.sampling_for(choice, len(prompt), model.context_tokens)
                 sink = partial(self._put, index)
                 record = Record(f"{request_id}-{index}", prompt, sampling, self._started + timeout_s, sink)
-                self.outputs.append(ChoiceOutput(index, record, model, options))
+                self.outputs.append(ChoiceOutput(index, record, model, options, echo))
 
     def start(self) -> None:
         """Submit all choices."""

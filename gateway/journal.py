@@ -7,10 +7,11 @@ position, so a router that was given up, or one that repeats itself, changes not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from moering.protocol import Failed, Sampling, Submit, Token
+from moering.protocol import Failed, PromptLogprobs, Sampling, Submit, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,15 @@ class Failure:
 
     code: str
     message: str
+
+
+class Scored(NamedTuple):
+    """A token of a prompt with its log-probability, as in `Token`; the first one has none."""
+
+    token_id: int
+    logprob: float | None = None
+    top_ids: Sequence[int] = ()
+    top_logprobs: Sequence[float] = ()
 
 
 Event = Token | Failure
@@ -36,6 +46,7 @@ class Record:
     sink: Sink
     attempt: int = 0  # 0: never submitted
     emitted: list[int] = field(default_factory=list)
+    prompt_logprobs: list[Scored] = field(default_factory=list)  # of prompt[1:], as far as they are asked for and here
     fruitless: int = 0  # submissions since the last token
     finished: bool = False
 
@@ -86,6 +97,14 @@ class Journal:
         if token.finish_reason is not None:
             self.close(record)
         return record if record.finished else None
+
+    def take_prompt_logprobs(self, part: PromptLogprobs) -> None:
+        """Add some of a prompt's log-probabilities; those from the same position on, of an earlier attempt, go."""
+        record = self._records.get(part.request_id)
+        if record is not None and part.attempt == record.attempt:
+            columns = part.logprobs, part.top_ids, part.top_logprobs
+            scored = map(Scored, record.prompt[part.start :], *columns)
+            record.prompt_logprobs[part.start - 1 :] = scored
 
     def take_failed(self, failed: Failed) -> Record | None:
         """Apply a router's failure, if it is about the current attempt."""

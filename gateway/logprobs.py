@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from gateway.journal import Scored
 from gateway.model import Model
 from moering.protocol import Token
 
@@ -19,8 +21,11 @@ def chat_logprobs(tokens: list[Token], model: Model) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokens: list[Token], model: Model, offset: int) -> dict[str, Any]:
-    """`{"tokens", "token_logprobs", "top_logprobs", "text_offset"}`; `offset` is where the first token starts."""
+def completion_logprobs(tokens: Sequence[Token | Scored], model: Model, offset: int) -> dict[str, Any]:
+    """`{"tokens", "token_logprobs", "top_logprobs", "text_offset"}`; `offset` is where the first token starts.
+
+    What has no log-probability, as the first token of a prompt, has null.
+    """
     texts = [_text(t.token_id, model) for t in tokens]
     offsets = []
     for text in texts:
@@ -28,10 +33,14 @@ def completion_logprobs(tokens: list[Token], model: Model, offset: int) -> dict[
         offset += len(text)
     return {
         "tokens": texts,
-        "token_logprobs": [_MISSING if t.logprob is None else t.logprob for t in tokens],
-        "top_logprobs": [{_text(i, model): p for i, p in zip(t.top_ids, t.top_logprobs, strict=False)} for t in tokens],
+        "token_logprobs": [t.logprob for t in tokens],
+        "top_logprobs": [None if t.logprob is None else _top(t, model) for t in tokens],
         "text_offset": offsets,
     }
+
+
+def _top(token: Token | Scored, model: Model) -> dict[str, float]:
+    return {_text(i, model): p for i, p in zip(token.top_ids, token.top_logprobs, strict=False)}
 
 
 def _entry(token_id: int, logprob: float | None, model: Model) -> dict[str, Any]:

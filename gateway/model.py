@@ -51,6 +51,10 @@ class Model:
             raise bad_request(f"'{param}' is not valid Unicode text", param) from e
         return list(encodings[0].ids)
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of these tokens, special ones included."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token by itself, for log-probabilities."""
         if self.pieces is not None:

@@ -21,7 +21,6 @@ _EXTENSION = ("logits_digest", "on_missing_expert")  # the fields of 'moering'
 # Fields that other servers implement and this one does not: refused unless they ask for nothing.
 _UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
-    "echo": (False,),
     "best_of": (1,),
     "response_format": ({"type": "text"},),
     "tools": ([],),
@@ -54,10 +53,11 @@ class Options:
     """What one HTTP request asks for, apart from its prompts."""
 
     n: int
+    echo: bool  # the prompt's text first, and its log-probabilities where the answer has them
     stream: bool
     include_usage: bool
     stop: tuple[str, ...]
-    max_tokens: int | None  # None: up to the context's end
+    max_tokens: int | None  # None: up to the context's end; 0: nothing but the echo
     skip_special_tokens: bool
     return_token_ids: bool
     sampling: Sampling  # of choice 0; max_tokens is filled in when the prompt is known
@@ -73,6 +73,7 @@ class Options:
                 "messages" if self.max_tokens is None else "max_tokens",
                 "context_length_exceeded",
             )
+        wanted = max(wanted, 1)  # a router generates at least one
         min_tokens = min(self.sampling.min_tokens, wanted)
         return dataclasses.replace(self.sampling, choice=choice, max_tokens=wanted, min_tokens=min_tokens)
 
@@ -81,7 +82,9 @@ def parse_options(body: Body, chat: bool, vocab_size: int, eos_ids: tuple[int, .
     """Check all fields but the prompt; raise `ApiError` naming the first that is wrong."""
     refuse_unimplemented(body)
     stream = fields.boolean(body, "stream", False)
-    max_tokens = _max_tokens(body, chat)
+    echo = _echo(body, chat)
+    max_tokens = _max_tokens(body, chat, echo)
+    logprobs = _chat_logprobs(body) if chat else fields.integer(body, "logprobs", -1, 0, MAX_LOGPROBS)
     extension = _extension(body)
     min_tokens = fields.integer(body, "min_tokens", 0, 0)
     stop_token_ids = _stop_token_ids(body, vocab_size, eos_ids)
@@ -89,6 +92,7 @@ def parse_options(body: Body, chat: bool, vocab_size: int, eos_ids: tuple[int, .
         raise bad_request("'min_tokens' leaves no token: all that the model has are stop ids", "min_tokens")
     return Options(
         n=fields.integer(body, "n", 1, 1, max_choices),
+        echo=echo,
         stream=stream,
         include_usage=_include_usage(body, stream),
         stop=_stop_strings(body.get("stop")),
@@ -108,9 +112,10 @@ def parse_options(body: Body, chat: bool, vocab_size: int, eos_ids: tuple[int, .
             logit_bias=_logit_bias(body, vocab_size),
             seed=_seed(body),
             stop_token_ids=stop_token_ids,
-            logprobs=_chat_logprobs(body) if chat else fields.integer(body, "logprobs", -1, 0, MAX_LOGPROBS),
+            logprobs=logprobs,
             logits_digest=fields.boolean(extension, "logits_digest", False),
             on_missing_expert=_on_missing_expert(extension),
+            prompt_logprobs=echo and logprobs >= 0,
         ),
     )
 
@@ -123,10 +128,18 @@ def refuse_unimplemented(body: Body) -> None:
             raise bad_request(f"'{name}' is not implemented by this server", name, "unsupported_parameter")
 
 
-def _max_tokens(body: Body, chat: bool) -> int | None:
+def _echo(body: Body, chat: bool) -> bool:
+    echo = fields.boolean(body, "echo", False)
+    if echo and chat:
+        raise bad_request("'echo' is not implemented by this server for chat", "echo", "unsupported_parameter")
+    return echo
+
+
+def _max_tokens(body: Body, chat: bool, echo: bool) -> int | None:
     name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    value = fields.integer(body, name, 0 if chat else 16, 1) if body.get(name) is not None or not chat else None
-    return value
+    if chat and body.get(name) is None:
+        return None
+    return fields.integer(body, name, 16, 0 if echo else 1)
 
 
 def _include_usage(body: Body, stream: bool) -> bool:

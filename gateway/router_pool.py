@@ -23,7 +23,7 @@ from gateway.router_link import RouterLink
 from moering import transport
 from moering.errors import HandshakeError
 from moering.prefix import prefix_keys
-from moering.protocol import Abort, Failed, Hello, MemberInfo, RouterStats, Submit, Token, Tokens
+from moering.protocol import Abort, Failed, Hello, MemberInfo, PromptLogprobs, RouterStats, Submit, Token, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +203,8 @@ class RouterPool:
         if isinstance(message, Tokens):
             for token in message.tokens:
                 self._take(token)
+        elif isinstance(message, PromptLogprobs):
+            self._journal.take_prompt_logprobs(message)
         elif isinstance(message, Failed):
             ended = self._journal.take_failed(message)
             if ended is not None:

@@ -21,6 +21,7 @@ import zmq
 
 from moering.protocol import Abort, Submit, Token, View
 from moering.transport import Wakeup
+from router import prompt_logprobs
 from router.catch_up import CatchUp
 from router.decoder import Decoder, Launched
 from router.exchange import Exchange, Finished
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_MS = 100  # how often deadlines and reconnections are looked at while nothing happens
 REPORT_S = 1.0  # between the figures sent to gateways
+NOT_FINITE = "the model's output is not finite"
 
 
 class Engine:
@@ -311,10 +313,11 @@ class Engine:
             item.sequence.renormalized += rows
             item.sequence.shareable &= not rows
             self.tokens_renormalized += rows
+        self._score_prompts(flight)  # first: who fails by that is not sampled from
         chunks = self._scheduler.complete(flight.items)
         if chunks:
             sequences = [chunk.sequence for chunk in chunks]
-            logits = flight.logits(chunks)
+            logits = flight.logits(flight.last_rows(chunks))
             for sequence, sampled in zip(sequences, self._sampler(logits, sequences), strict=True):
                 self._emit(sequence, sampled)
             self._frontend.flush()
@@ -322,9 +325,21 @@ class Engine:
             shape = flight.batch
             self._scheduler.cost.record(shape.decode_rows, shape.prefill_tokens, self._clock() - flight.started_s)
 
+    def _score_prompts(self, flight: Flight) -> None:
+        """Send what this flight has of the log-probabilities of prompts whose requests ask for them."""
+        if not any(item.sequence.scores_prompt for item in flight.items):
+            return
+        for item, first in zip(flight.items, flight.first_rows, strict=True):
+            for rows in prompt_logprobs.parts(item):
+                scores = prompt_logprobs.score(flight.logits([first + row for row in rows]), item, rows)
+                if scores is None:
+                    self._fail(item.sequence, "internal", NOT_FINITE)
+                    break
+                self._frontend.send(item.sequence.gateway, scores)
+
     def _emit(self, sequence: Sequence, sampled: Sampled | None) -> None:
         if sampled is None:
-            self._fail(sequence, "internal", "the model's output is not finite")
+            self._fail(sequence, "internal", NOT_FINITE)
             return
         position = len(sequence.output)
         reason = self._scheduler.update(sequence, sampled.token_id)

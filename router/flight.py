@@ -69,9 +69,17 @@ class Flight:
         self._decoder.after_experts(self.micro_batch)
         return self.micro_batch.layer == self._decoder.config.num_layers
 
-    def logits(self, chunks: Sequence[ScheduledChunk]) -> torch.Tensor:
-        """The logits of the last row of each of these chunks, all of them items of this flight."""
-        rows = [int(end) - 1 for item, end in zip(self.items, self._row_ends, strict=True) if item in chunks]
+    def last_rows(self, chunks: Sequence[ScheduledChunk]) -> list[int]:
+        """The last row of each of these chunks, all of them items of this flight."""
+        return [int(end) - 1 for item, end in zip(self.items, self._row_ends, strict=True) if item in chunks]
+
+    @property
+    def first_rows(self) -> list[int]:
+        """The first row of each item."""
+        return (self._row_ends - self._lengths).tolist()
+
+    def logits(self, rows: list[int]) -> torch.Tensor:
+        """The logits of these rows, after the last layer."""
         torch.set_num_threads(self._threads)
         return self._decoder.logits(self.micro_batch, rows)
 

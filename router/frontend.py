@@ -8,7 +8,7 @@ from typing import Any
 
 from moering import protocol, transport
 from moering.errors import ProtocolError
-from moering.protocol import Abort, Failed, Hello, Refused, RouterStats, Submit, Token, Tokens, Welcome
+from moering.protocol import Abort, Failed, Hello, PromptLogprobs, Refused, RouterStats, Submit, Token, Tokens, Welcome
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,10 @@ class Frontend:
     def add(self, gateway: bytes, token: Token) -> None:
         """Send this token with the next `flush`."""
         self._tokens[gateway].append(token)
+
+    def send(self, gateway: bytes, scores: PromptLogprobs) -> None:
+        """Send these at once, so that they are there before the token that follows the prompt."""
+        self._send(gateway, scores)
 
     def flush(self) -> None:
         """Send what `add` collected: one message per gateway and step."""

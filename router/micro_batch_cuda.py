@@ -19,6 +19,7 @@ class MicroBatch:
     topk_ids: torch.Tensor  # int64 [n, k], host
     device_rows: DeviceRows
     layer: int = field(default=0)
+    landed: bool = False  # the outputs of the last layer's experts are in the residual
 
     @property
     def topk_weights(self) -> torch.Tensor:

@@ -61,12 +61,18 @@ def _sample_row(row: NDArray[np.float32], sequence: Sequence) -> Sampled | None:
     if token is None:
         return None
     digest = hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() if sampling.logits_digest else None
-    if sampling.logprobs < 0:
-        return Sampled(token, logits_digest=digest)
-    logprobs = _log_softmax(row)
-    top = _largest(logprobs, sampling.logprobs)
-    top = top[np.argsort(-logprobs[top], kind="stable")]
-    return Sampled(token, float(logprobs[token]), top.tolist(), logprobs[top].tolist(), digest)
+    found = logprobs(row, token, sampling.logprobs) if sampling.logprobs >= 0 else None
+    return Sampled(token, logits_digest=digest) if found is None else Sampled(token, *found, digest)
+
+
+def logprobs(row: NDArray[np.float32], token: int, alternatives: int) -> tuple[float, list[int], list[float]] | None:
+    """Log-probability of `token`, and the likeliest tokens with theirs, best first. None where it is not finite."""
+    values = _log_softmax(row)
+    if not np.isfinite(values[token]):
+        return None
+    top = _largest(values, alternatives)
+    top = top[np.argsort(-values[top], kind="stable")]
+    return float(values[token]), top.tolist(), values[top].tolist()
 
 
 def _token(row: NDArray[np.float32], sequence: Sequence) -> int | None:

@@ -258,7 +258,8 @@ class Scheduler:
             if (filled and len(rivals) >= PREFILL_LANES) or not self._reserve(sequence):
                 break
             sequence.status = Status.RUNNING
-            self.prefixes.fetch(sequence)
+            if not sequence.scores_prompt:  # what is not computed has no logits
+                self.prefixes.fetch(sequence)
             bisect.insort(self.running, sequence, key=_arrival)
             self.waiting.pop(0)  # last: other threads count both queues, and must not miss it
             lanes.append(sequence)

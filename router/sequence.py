@@ -65,6 +65,11 @@ class Sequence:
         return self.num_tokens - self.num_computed
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of its prompt are asked for, and still to be sent: before the first token."""
+        return self.sampling.prompt_logprobs and not self.output and self.status is not Status.FINISHED
+
+    @property
     def decodes(self) -> bool:
         """Whether its next chunk is one ordinary decode step."""
         return self.remaining == 1 and bool(self.output)

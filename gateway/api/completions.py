@@ -25,7 +25,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     check_model(body, model)
     options = parse_options(body, False, model.vocab_size, model.eos_ids, services.config.max_choices)
     prompts = await read_prompts(model, body.get("prompt"), services.config.max_choices)
-    return await generate(request, services, prompts, options, "cmpl-", CompletionFormat)
+    echoes = _texts(model, body.get("prompt"), prompts) if options.echo else ()
+    return await generate(request, services, prompts, options, "cmpl-", CompletionFormat, echoes)
 
 
 async def read_prompts(model: Model, value: Any, max_prompts: int) -> list[list[int]]:
@@ -39,6 +40,12 @@ async def read_prompts(model: Model, value: Any, max_prompts: int) -> list[list[
     if len(value) > max_prompts:
         raise bad_request(f"'prompt' holds {len(value)} prompts; the limit is {max_prompts}", "prompt")
     return [await _read_prompt(model, prompt) for prompt in value]
+
+
+def _texts(model: Model, value: Any, prompts: list[list[int]]) -> list[str]:
+    """The text of each prompt: as it was given, or decoded from its ids."""
+    given = value if type(value) is list and len(value) == len(prompts) else [value]
+    return [t if isinstance(t, str) else model.decode(p) for t, p in zip(given, prompts, strict=True)]
 
 
 async def _read_prompt(model: Model, prompt: Any) -> list[int]:

@@ -40,6 +40,7 @@ async def _whole(
         for output, delta in deltas:
             whole = wholes[output.index]
             whole.text += delta.text
+            whole.prompt += delta.prompt
             whole.tokens += delta.tokens
             whole.finish_reason = delta.finish_reason
     body = formatter.response(generation.outputs, wholes, usage(generation))

@@ -14,7 +14,8 @@ wrong before anything else sees the content. No pickle: nothing on a wire is exe
 
 Who speaks what (the connecting side is written first)::
 
-    gateway       → router         Hello, Submit, Abort           ← Welcome, Refused, Tokens, Failed, RouterStats
+    gateway       → router         Hello, Submit, Abort           ← Welcome, Refused, Tokens, PromptLogprobs, Failed,
+                                                                  RouterStats
     router        → expert server  Hello, Dispatch                ← Welcome, Refused, Reply, NotHere, Failed
     any member    → coordinator    Register, Lease, Held, Leave   ← Registered, Refused, Unknown, View
     gateway       → coordinator    Operate                        ← OperateAnswer, Events
@@ -54,6 +55,7 @@ from moering.protocol.serving import (
     Failed,
     Hello,
     NotHere,
+    PromptLogprobs,
     Refused,
     RouterStats,
     Sampling,
@@ -83,6 +85,7 @@ __all__ = [
     "Operate",
     "OperateAnswer",
     "Operation",
+    "PromptLogprobs",
     "ProvenExit",
     "Refused",
     "Register",

@@ -12,7 +12,7 @@ from moering import codec, expert_frames
 from moering.errors import ProtocolError
 from moering.expert_frames import Dispatch, Reply
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_HEADER_BYTES = 8 << 20
 """A header longer than this is refused unread. The largest honest one is a plan of some 60 KB or a long prompt."""
 MAX_FRAME_BYTES = 16 << 20

@@ -107,6 +107,7 @@ class Sampling:
     logprobs: int = -1  # -1: none; 0..20: that of the token, and this many alternatives
     logits_digest: bool = False  # send a digest of the sampled logits with each token
     on_missing_expert: str = "wait"  # one of MISSING_EXPERT_POLICIES
+    prompt_logprobs: bool = False  # `logprobs` also of the prompt, before the first token
 
 
 @message("submit")
@@ -153,6 +154,23 @@ class Tokens:
     """All tokens that one step produced for one gateway."""
 
     tokens: list[Token]
+
+
+@message("prompt_logprobs")
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of some of a prompt's tokens, those from position `start` ≥ 1 on: the first token has none.
+
+    They come in order and before the first `Token`, from the start again when the prompt is computed again. For each
+    token as in `Token`: its own, and as many alternatives as the request asked for.
+    """
+
+    request_id: str
+    attempt: int
+    start: int
+    logprobs: list[float]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
 
 
 @message("router_stats")

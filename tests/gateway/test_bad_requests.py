@@ -35,6 +35,7 @@ BAD_CHAT: dict[str, dict[str, Any]] = {  # name of the wrong field → body
     "stream_options": {"stream_options": {"include_usage": True}},
     "response_format": {"response_format": {"type": "json_object"}},
     "tools": {"tools": [{"type": "function"}]},
+    "echo": {"echo": True},
     "chat_template_kwargs": {"chat_template_kwargs": []},
     "min_tokens": {"min_tokens": 1, "stop_token_ids": list(range(320))},
     "moering": {"moering": {"on_missing_expert": "guess"}},
@@ -43,7 +44,7 @@ BAD_CHAT: dict[str, dict[str, Any]] = {  # name of the wrong field → body
 BAD_TEXT: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": [["a"]]},
     "suffix": {"prompt": "a", "suffix": "b"},
-    "echo": {"prompt": "a", "echo": True},
+    "echo": {"prompt": "a", "echo": "yes"},
     "best_of": {"prompt": "a", "best_of": 2},
     "logprobs": {"prompt": "a", "logprobs": 21},
 }

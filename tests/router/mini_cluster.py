@@ -15,7 +15,7 @@ from expert_server.residency import Residency
 from expert_server.service import Service
 from moering import protocol, transport
 from moering.checkpoint import Checkpoint
-from moering.protocol import Failed, Hello, MemberInfo, Sampling, Submit, Tokens, View
+from moering.protocol import Failed, Hello, MemberInfo, PromptLogprobs, Sampling, Submit, Tokens, View
 from moering.shared_rows import SLOTS
 from router.config import Config
 from router.exchange import Exchange
@@ -142,6 +142,7 @@ class Client:
         transport.connect(self.socket, address)
         self.tokens, self.failures, self.finished = defaultdict(list), {}, set()
         self.renormalized = defaultdict(int)
+        self.prompt_logprobs = defaultdict(list)  # messages
 
     def submit(self, name, prompt, emitted=(), **sampling):
         self.socket.send(self.message(name, prompt, emitted, **sampling))
@@ -159,6 +160,9 @@ class Client:
                 self.renormalized[t.request_id] += t.renormalized
                 if t.finish_reason:
                     self.finished.add(t.request_id)
+        elif isinstance(message, PromptLogprobs):
+            assert message.request_id not in self.tokens, "after the first token"
+            self.prompt_logprobs[message.request_id].append(message)
         elif isinstance(message, Failed):
             self.failures[message.request_id] = message.code
         return message

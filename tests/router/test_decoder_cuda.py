@@ -94,6 +94,19 @@ def test_decode_continues_prefill(qwen3):
     assert different == []
 
 
+def test_logits_of_one_step_may_be_asked_for_in_parts(qwen3):
+    """The experts' outputs of the last layer are added to the residual once."""
+    tokens, model = random_tokens(6, seed=5), CudaModel.open(qwen3)
+    with torch.inference_mode():
+        mb = model.decoder.start(tokens, [SequenceChunk([0], 0, len(tokens))])
+        for _ in range(model.decoder.config.num_layers):
+            model.decoder.until_experts(mb)
+            model.experts.run(mb)
+            model.decoder.after_experts(mb)
+        first, second = model.decoder.logits(mb, [0, 1, 2]), model.decoder.logits(mb, [0, 1, 2])
+    assert torch.equal(first, second)
+
+
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return float((a - b).norm() / b.norm()) < 0.05
 
