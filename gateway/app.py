@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from gateway.api import admin, chat, completions, elastic, models, operations
+from gateway.api import admin, chat, completions, elastic, models, operations, tokenize
 from gateway.middleware import add_request_id, envelope
 from gateway.services import SERVICES, Services
 
@@ -17,6 +17,8 @@ def make_app(services: Services) -> web.Application:
     app.router.add_routes([
         web.post("/v1/chat/completions", chat.chat_completions),
         web.post("/v1/completions", completions.completions),
+        web.post("/tokenize", tokenize.tokenize),
+        web.post("/detokenize", tokenize.detokenize),
         web.get("/v1/models", models.list_models),
         web.get("/v1/models/{id:.+}", models.get_model),
         web.get("/health", operations.health),

@@ -53,7 +53,8 @@ class Model:
 
     def decode(self, ids: list[int]) -> str:
         """The text of these tokens, special ones included."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        # As with `encode`: of one list alone, the other threads would wait for it.
+        return str(self.tokenizer.decode_batch([ids], skip_special_tokens=False)[0])
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token by itself, for log-probabilities."""

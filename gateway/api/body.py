@@ -12,8 +12,8 @@ from gateway.errors import ApiError, bad_request
 from gateway.fields import Body
 from gateway.model import Model
 
-_SHORT_CHARS = 4096
-"""Tokenizing more than this takes milliseconds: not on the event loop, where all streams wait for it."""
+_SHORT_CHARS, _SHORT_TOKENS = 4096, 4096
+"""More than this takes milliseconds: not on the event loop, where all streams wait for it."""
 
 
 async def read_json(request: web.Request) -> Body:
@@ -55,3 +55,16 @@ async def encode(model: Model, text: str, param: str, add_special_tokens: bool) 
         return model.encode(text, param, add_special_tokens)
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(None, model.encode, text, param, add_special_tokens)
+
+
+async def decode(model: Model, ids: list[int], param: str) -> str:
+    """The text of tokens that the model has; many are decoded in a thread, more than fit the context not at all."""
+    if len(ids) > model.context_tokens:
+        raise bad_request(
+            f"This model's maximum context length is {model.context_tokens} tokens; there are {len(ids)}.",
+            param,
+            "context_length_exceeded",
+        )
+    if len(ids) < _SHORT_TOKENS:
+        return model.decode(ids)
+    return await asyncio.get_running_loop().run_in_executor(None, model.decode, ids)

@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from gateway import fields
-from gateway.api.body import check_model, encode, read_json
+from gateway.api.body import check_model, decode, encode, read_json
 from gateway.api.generate import generate
 from gateway.errors import bad_request
 from gateway.formats import CompletionFormat
@@ -25,7 +25,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     check_model(body, model)
     options = parse_options(body, False, model.vocab_size, model.eos_ids, services.config.max_choices)
     prompts = await read_prompts(model, body.get("prompt"), services.config.max_choices)
-    echoes = _texts(model, body.get("prompt"), prompts) if options.echo else ()
+    echoes = await _texts(model, body.get("prompt"), prompts) if options.echo else ()
     return await generate(request, services, prompts, options, "cmpl-", CompletionFormat, echoes)
 
 
@@ -42,10 +42,10 @@ async def read_prompts(model: Model, value: Any, max_prompts: int) -> list[list[
     return [await _read_prompt(model, prompt) for prompt in value]
 
 
-def _texts(model: Model, value: Any, prompts: list[list[int]]) -> list[str]:
+async def _texts(model: Model, value: Any, prompts: list[list[int]]) -> list[str]:
     """The text of each prompt: as it was given, or decoded from its ids."""
     given = value if type(value) is list and len(value) == len(prompts) else [value]
-    return [t if isinstance(t, str) else model.decode(p) for t, p in zip(given, prompts, strict=True)]
+    return [t if isinstance(t, str) else await decode(model, p, "prompt") for t, p in zip(given, prompts, strict=True)]
 
 
 async def _read_prompt(model: Model, prompt: Any) -> list[int]:
