@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from gateway.api import admin, chat, completions, elastic, models, operations, tokenize
-from gateway.middleware import add_request_id, envelope
+from gateway.middleware import add_request_id, envelope, expect
 from gateway.services import SERVICES, Services
 
 
@@ -14,7 +14,7 @@ def make_app(services: Services) -> web.Application:
     app = web.Application(middlewares=[envelope], client_max_size=services.config.max_body_bytes)
     app[SERVICES] = services
     app.on_response_prepare.append(add_request_id)
-    app.router.add_routes([
+    routes = [
         web.post("/v1/chat/completions", chat.chat_completions),
         web.post("/v1/completions", completions.completions),
         web.post("/tokenize", tokenize.tokenize),
@@ -36,5 +36,8 @@ def make_app(services: Services) -> web.Application:
         web.post("/scale_elastic_ep", admin.guarded(elastic.scale_elastic_ep)),
         web.route("GET", "/is_scaling_elastic_ep", admin.guarded(elastic.is_scaling_elastic_ep)),
         web.route("POST", "/is_scaling_elastic_ep", admin.guarded(elastic.is_scaling_elastic_ep)),
-    ])  # fmt: skip
+    ]
+    for route in routes:
+        route.kwargs["expect_handler"] = expect
+    app.router.add_routes(routes)
     return app

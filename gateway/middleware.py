@@ -7,7 +7,7 @@ import re
 import secrets
 from contextvars import ContextVar
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
 from gateway.errors import ApiError
@@ -41,6 +41,33 @@ async def envelope(request: web.Request, handler: Handler) -> web.StreamResponse
         response = error_response(ApiError(500, "internal error", code="internal"))
     request.app[SERVICES].metrics.http_responses.labels(status=str(response.status)).inc()
     return response
+
+
+async def expect(request: web.Request) -> web.StreamResponse | None:
+    """The answer to a client that asks, with `Expect: 100-continue`, before it sends its body; None: to go on."""
+    if request.version < HttpVersion11:  # it cannot be meant
+        return None
+    if request.headers["Expect"].lower() != "100-continue":
+        return await _refuse(request, _unknown_expectation)
+    if (request.content_length or 0) > request.client_max_size:
+        return await _refuse(request, _too_large)
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # aiohttp takes what was written for the begun answer
+    return None
+
+
+async def _refuse(request: web.Request, why: Handler) -> web.StreamResponse:
+    response = await envelope(request, why)
+    response.force_close()  # the body may come or not: nothing else can follow on this connection
+    return response
+
+
+async def _unknown_expectation(request: web.Request) -> web.StreamResponse:
+    raise ApiError(417, "this server knows no expectation but 100-continue")
+
+
+async def _too_large(request: web.Request) -> web.StreamResponse:
+    raise web.HTTPRequestEntityTooLarge(request.client_max_size, request.content_length or 0)
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:

@@ -159,6 +159,45 @@ def test_content_type_size_model_and_method(model):
     run(main())
 
 
+async def answer_to(g, head: str, body: bytes | None = None, version: str = "1.1") -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the response to a raw request. HTTP/1.0 sends its body at once, 1.1 when told to."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(g.url.rpartition(":")[2]))
+    first = f"POST {TEXT} HTTP/{version}\r\nHost: x\r\nContent-Type: application/json"
+    writer.write(f"{first}\r\n{head}\r\n\r\n".encode())
+    if version == "1.0" and body is not None:
+        writer.write(body)
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
+    if " 100 " in lines[0]:
+        assert body is not None and version == "1.1"
+        writer.write(body)
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
+    headers = dict(line.split(": ", 1) for line in lines[1:] if line)
+    answer = await reader.readexactly(int(headers["Content-Length"]))
+    writer.close()
+    return int(lines[0].split()[1]), headers, answer
+
+
+def test_who_asks_before_sending_a_body_is_answered_before_it_is_sent(model):
+    body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+
+    async def main():
+        async with gateway(model, FakeRouter(), max_body_bytes=10_000) as g:
+            asks, length = "Expect: 100-continue\r\nContent-Length: ", len(body)
+            status, headers, answer = await answer_to(g, f"{asks}10001")
+            check_error(status, json.loads(answer), 413)
+            assert headers["Connection"] == "close" and headers["X-Request-Id"]
+            status, headers, answer = await answer_to(g, f"Expect: a miracle\r\nContent-Length: {length}")
+            check_error(status, json.loads(answer), 417)
+            assert headers["Connection"] == "close"
+            for version in ("1.0", "1.1"):
+                status, _, answer = await answer_to(g, f"{asks}{length}", body, version)
+                assert status == 200 and json.loads(answer)["choices"]
+            _, text, _ = await g.get("/metrics")
+            assert 'moering_http_responses_total{status="413"} 1.0' in text
+
+    run(main())
+
+
 def test_a_prompt_over_the_context(model):
     async def main():
         router = FakeRouter()
