@@ -82,7 +82,7 @@ def _look(url: str, sizes: Sizes) -> list[dict[str, Any]]:
     for p in fetch(url)["processes"]:
         memory = memory_of(p["pid"])
         row = {"id": p["id"], "kind": p["kind"], "rss_bytes": memory.rss_bytes, "anon_bytes": memory.anon_bytes}
-        row |= {"read_bytes": bytes_read_by(p["pid"]), "experts": p["experts"]}
+        row |= {"peak_bytes": memory.peak_bytes, "read_bytes": bytes_read_by(p["pid"]), "experts": p["experts"]}
         rows.append(row | judge(row, sizes))
     return rows
 
@@ -103,13 +103,14 @@ def table(figures: Figures) -> str:
     experts, rest = figures["experts_bytes"] / MB, figures["rest_bytes"] / MB
     lines = [f"checkpoint: experts {experts:.0f} MB, all else {rest:.0f} MB (MB: 10^6 bytes)"]
     for name in ("ready", "after_load"):
-        lines += ["", f"{name.replace('_', ' ')}:", "", "| process | experts | RSS | anonymous | read so far | bar |"]
-        lines += ["|---" * 6 + "|", *(_line(row) for row in figures[name])]
+        lines += ["", f"{name.replace('_', ' ')}:", ""]
+        lines += ["| process | experts | RSS | anonymous | peak RSS | read so far | bar |", "|---" * 7 + "|"]
+        lines += [_line(row) for row in figures[name]]
     return "\n".join(lines)
 
 
 def _line(row: dict[str, Any]) -> str:
-    cells = [f"{row[name] / MB:.0f}" for name in ("rss_bytes", "anon_bytes", "read_bytes")]
+    cells = [f"{row[name] / MB:.0f}" for name in ("rss_bytes", "anon_bytes", "peak_bytes", "read_bytes")]
     bar = "-"
     if "met" in row:
         bar = f"{row['bar_on'].removesuffix('_bytes')} ≤ {row['bar_bytes'] / MB:.0f}: {verdict(row['met'])}"

@@ -12,20 +12,22 @@ MB = 1_000_000
 
 @dataclass(frozen=True)
 class Memory:
-    """`rss_bytes` counts pages of files too (libraries, shared with others); `anon_bytes` only what it allocated."""
+    """`rss_bytes` counts pages of files too (libraries, shared with others); `anon_bytes` only what it allocated;
+    `peak_bytes` is the most that `rss_bytes` has been."""
 
     rss_bytes: int
     anon_bytes: int
+    peak_bytes: int
 
 
 def parse_status(text: str) -> Memory:
     """Read the text of /proc/<pid>/status. Raises `MoeringError`: a process that has ended shows no memory."""
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     try:
-        rss, anon = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
+        rss, anon, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon", "VmHWM"))
     except (KeyError, ValueError, IndexError) as e:
         raise MoeringError(f"/proc shows no memory of the process: {e}") from e
-    return Memory(rss, anon)
+    return Memory(rss, anon, peak)
 
 
 def parse_io(text: str) -> int:

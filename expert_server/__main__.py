@@ -22,6 +22,7 @@ import zmq
 from expert_server import standby
 from expert_server.config import Config
 from expert_server.connections import Connections
+from expert_server.lean_torch import release_import_pages
 from expert_server.loader import Loader, targets
 from expert_server.memory import default_capacity, release_free_memory
 from expert_server.pace import Pace
@@ -111,6 +112,7 @@ class ExpertServer:
             self.state = "ONLINE"
             self._report()
             logger.info("online at %s with %d experts", self.address, len(self.residency.keys()))
+            release_import_pages()
             self._keep_loading()
         except MoeringError as e:
             self._fail(e)

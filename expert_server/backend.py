@@ -84,6 +84,9 @@ def make_backend(
     for an expert or no kernels for its weights.
     """
     if device == "cpu":
+        from expert_server.lean_torch import import_torch
+
+        import_torch()
         from expert_server.backend_cpu import CpuBackend
 
         return CpuBackend(arithmetic, threads)  # type: ignore[arg-type]

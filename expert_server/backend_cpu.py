@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from expert_server.memory import release_free_memory
 from expert_server.standby import NoReplicas
 from kernels.expert_ffn import ExpertFFN, grouped_expert_ffn, numerics_fingerprint
 from kernels.linear import Backend
@@ -14,6 +15,10 @@ from kernels.tensors import as_packable
 from moering.checkpoint import ExpertWeights
 from moering.protocol import MAX_TENSOR_BYTES
 from moering.shared_rows import SLOT_BYTES
+
+RELEASE_BYTES = 32 << 20
+"""Of experts loaded: then malloc returns what it has free. Packed weights lie where larger buffers were, and the next
+such buffer does not fit into what is left of that: by the end of loading these gaps would be half of what is loaded."""
 
 
 class CpuBackend:
@@ -26,6 +31,7 @@ class CpuBackend:
         self._arithmetic = arithmetic
         self.host_replicas = NoReplicas()
         self.pin = None
+        self._loaded_bytes = 0  # since memory was last released
 
     @property
     def fingerprint(self) -> str:
@@ -60,7 +66,12 @@ class CpuBackend:
     def load(self, weights: ExpertWeights) -> ExpertFFN:
         """One expert, packed; the checkpoint's bytes are not kept."""
         gate, up, down = map(as_packable, weights.parts)
-        return ExpertFFN(gate, up, down, self._arithmetic)
+        expert = ExpertFFN(gate, up, down, self._arithmetic)
+        self._loaded_bytes += expert.nbytes
+        if self._loaded_bytes >= RELEASE_BYTES:
+            self._loaded_bytes = 0
+            release_free_memory()
+        return expert
 
     def compute(
         self, hidden: np.ndarray, rows: np.ndarray | None, counts: list[int], experts: list[Any], out: np.ndarray

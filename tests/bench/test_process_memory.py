@@ -16,8 +16,8 @@ SIZES = Sizes(expert=10_000_000, experts=1_000_000_000, rest=100_000_000)
 
 
 def test_status_is_read_in_bytes() -> None:
-    memory = parse_status("Name:\tpython: x\nVmRSS:\t    2048 kB\nRssAnon:\t    1024 kB\n")
-    assert (memory.rss_bytes, memory.anon_bytes) == (2 << 20, 1 << 20)
+    memory = parse_status("Name:\tpython: x\nVmHWM:\t    3072 kB\nVmRSS:\t    2048 kB\nRssAnon:\t    1024 kB\n")
+    assert (memory.rss_bytes, memory.anon_bytes, memory.peak_bytes) == (2 << 20, 1 << 20, 3 << 20)
     assert parse_io("rchar: 12345\nwchar: 7\n") == 12345
 
 
