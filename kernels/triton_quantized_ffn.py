@@ -1,11 +1,13 @@
 """Grouped expert FFN on fp8 (128 x 128 blocks) and MXFP4 weights, which are never materialised in bf16.
 
-The arithmetic: `triton_small_tiles`; of fp8 with many rows per expert, `gluon_fp8_gemm`.
+The arithmetic: `triton_small_tiles`; with many rows per expert, `gluon_quantized_gemm`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,14 +20,21 @@ from kernels.triton_grouping import Grouping, PairGrouper
 from kernels.triton_small_tiles import Cut, SmallTiles, SmallTiling
 from kernels.triton_tiling import FFNTiling, Tiling
 
-gluon_fp8_gemm: Any
+gluon_quantized_gemm: Any
 try:
-    from kernels import gluon_fp8_gemm
+    from kernels import gluon_quantized_gemm
 except ImportError:  # a Triton without Gluon for Hopper
-    gluon_fp8_gemm = None
+    gluon_quantized_gemm = None
 
-WIDE = FFNTiling(128, Tiling(64, 128, 4, 4, 16), Tiling(128, 128, 4, 4, 16))
-"""More than 32 rows per expert, for weights that `gluon_fp8_gemm.admits`; only stages and group_m are a choice."""
+# For weights that `gluon_quantized_gemm` admits; only stages, group_m and with MXFP4 down's block_n are a choice.
+WIDE_FP8 = FFNTiling(128, Tiling(64, 128, 4, 4, 16), Tiling(128, 128, 4, 4, 16))
+WIDE_MXFP4 = {
+    block_m: FFNTiling(block_m, Tiling(128, 128, 4, stages, 16), Tiling(256, 128, 4, stages, 16))
+    for block_m, stages in ((32, 8), (64, 6), (128, 4))
+}
+"""By tile height."""
+NARROW_DOWN = Tiling(128, 128, 4, 5, 16)
+MULTIPROCESSORS = 132  # of an H100 and an H200
 
 
 def choose_quantized_tiling(
@@ -33,11 +42,11 @@ def choose_quantized_tiling(
 ) -> SmallTiling | FFNTiling:
     """The tiling for `pairs` pairs over `num_experts` local experts; measured at hidden 2048, 4096 and 7168.
 
-    wide: whether `WIDE` may be chosen.
+    wide: whether `gluon_quantized_gemm` admits the weights.
     """
     mean = pairs / num_experts
-    if wide and mean > 32:
-        return WIDE
+    if wide and mean > (10 if mxfp4 else 32):
+        return _choose_wide_mxfp4(pairs, num_experts, hidden) if mxfp4 else WIDE_FP8
     block_m = 16 if mean <= 10 else 32 if mean <= 20 else 64
     # With less than two down programs for each multiprocessor these are better spread by a launch of their own: in one
     # with gate/up they start where those happen to end, several to a multiprocessor.
@@ -54,6 +63,17 @@ def choose_quantized_tiling(
         return SmallTiling(block_m, Cut(32, 128, 4) if narrow and hidden <= 4096 else Cut(64, 128, 3), Cut(128, 128, 3))
     gate_up = Cut(32, 128, 4) if narrow else Cut(64, 128, 3)
     return SmallTiling(block_m, gate_up, Cut(64, 128, 4) if pairs <= 8 else Cut(128, 128, 3), one_launch=False)
+
+
+def _choose_wide_mxfp4(pairs: int, num_experts: int, hidden: int) -> FFNTiling:
+    mean = pairs / num_experts
+    if mean <= 52:
+        return WIDE_MXFP4[32 if mean <= 24 else 64]
+    # A narrow item takes 0.55 of the time; in the last round of either, some multiprocessors have none.
+    items = (pairs / 128 + num_experts / 2) * hidden / 256
+    narrow = 0.55 * math.ceil(2 * items / MULTIPROCESSORS) < math.ceil(items / MULTIPROCESSORS)
+    tiling = WIDE_MXFP4[128]
+    return replace(tiling, down=NARROW_DOWN) if narrow else tiling
 
 
 def _choose_mxfp4(mean: float, block_m: int, hidden: int, down_columns: int, one_launch: bool) -> SmallTiling:
@@ -88,7 +108,7 @@ class QuantizedExperts:
         self.w13, self.w2 = w13, w2
         self.num_experts, self.hidden, self.intermediate = experts, hidden, double // 2
         self._biases, self._limit = biases, float(limit)
-        self._wide: bool = gluon_fp8_gemm is not None and gluon_fp8_gemm.admits(w13)
+        self._wide: bool = gluon_quantized_gemm is not None and gluon_quantized_gemm.admits(w13, w2)
         data = w13.data
         self._sms = torch.cuda.get_device_properties(data.device).multi_processor_count if data.is_cuda else 1
         self._grouper = PairGrouper(experts, data.device)
@@ -133,10 +153,10 @@ class QuantizedExperts:
             self._small_tiles.ffn(x, grouping, activations, out, tiling)
             return
         bias13, bias2 = self._biases or (None, None)
-        gluon_fp8_gemm.gate_up(
+        gluon_quantized_gemm.gate_up(
             x, self.w13, bias13, self._limit, activations, grouping, tiling.gate_up, self._sms
         )  # fmt: skip
-        gluon_fp8_gemm.down(activations, self.w2, bias2, out, grouping, tiling.down, self._sms)
+        gluon_quantized_gemm.down(activations, self.w2, bias2, out, grouping, tiling.down, self._sms)
 
 
 def fp8_fingerprint(device: torch.device) -> str:

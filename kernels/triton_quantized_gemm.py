@@ -92,6 +92,7 @@ def mxfp4_product(
         run = first + k0 // COLUMNS * PARTS
         packed = w_desc.load([run, column, 0]).reshape(runs, PARTS * BLOCK_N, 16).permute(1, 0, 2)
         scales = scales_desc.load([run, column]).reshape(runs, PARTS * BLOCK_N).permute(1, 0)
+        scales = tl.broadcast_to(scales[:, :, None], (PARTS * BLOCK_N, runs, 4))
         x = load_rows(row_ptrs, live, k0, counter_ptr, wanted, DEPTH, BLOCK_K, WAIT)
         acc = tl.dot(widen_mxfp4(packed, scales, runs, ASM), x.T, acc)
         if BLOCK_M < 64:  # above, what is gained is lost by the registers that it takes

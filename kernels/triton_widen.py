@@ -61,7 +61,8 @@ def _widen_mxfp4_words(word, scales, HIGH: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def widen_mxfp4(packed, scales, RUNS: tl.constexpr, ASM: tl.constexpr):
-    """[rows, RUNS, 16] int32 and [rows, RUNS] int32 -> bf16 [rows, 128 * RUNS], 2^-16 of the weights.
+    """[rows, RUNS, 16] and [rows, RUNS, 4] int32, a scale word for each thread -> bf16 [rows, 128 * RUNS], 2^-16 of the
+    weights.
 
     In place, an e2m1's bits read as 2^-126 of its value, and 2^110 is part of the scales.
     """
@@ -70,7 +71,7 @@ def widen_mxfp4(packed, scales, RUNS: tl.constexpr, ASM: tl.constexpr):
     first, second = tl.split(words)
     word0, word1 = tl.split(first)
     word2, word3 = tl.split(second)
-    scales = tl.broadcast_to(scales.to(tl.uint32, bitcast=True)[:, :, None], (rows, RUNS, 4))
+    scales = scales.to(tl.uint32, bitcast=True)
     front, back = scales & 0x7F807F80, ((scales << 8) | (scales >> 24)) & 0x7F807F80
     even = tl.join(_widen_mxfp4_words(word0, front, False, ASM), _widen_mxfp4_words(word2, back, False, ASM))
     odd = tl.join(_widen_mxfp4_words(word1, front, True, ASM), _widen_mxfp4_words(word3, back, True, ASM))
