@@ -1,6 +1,7 @@
 """Grouped expert FFN on fp8 (128 x 128 blocks) and MXFP4 weights, which are never materialised in bf16.
 
-The arithmetic: `triton_small_tiles`; with many rows per expert, `gluon_quantized_gemm`.
+The arithmetic: `triton_small_tiles`; with many rows per expert `gluon_quantized_gemm`, of MXFP4 with few
+`gluon_mxfp4_tiles`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from kernels.quantized_weight import COLUMNS, QuantizedWeight, pack_fp8
 from kernels.triton_expert_ffn import check_biases
 from kernels.triton_grouping import Grouping, PairGrouper
 from kernels.triton_small_tiles import Cut, SmallTiles, SmallTiling
-from kernels.triton_tiling import FFNTiling, Tiling
+from kernels.triton_tiling import FFNTiling, RingTiling, Tiling
 
+gluon_mxfp4_tiles: Any
 gluon_quantized_gemm: Any
 try:
-    from kernels import gluon_quantized_gemm
+    from kernels import gluon_mxfp4_tiles, gluon_quantized_gemm
 except ImportError:  # a Triton without Gluon for Hopper
-    gluon_quantized_gemm = None
+    gluon_mxfp4_tiles = gluon_quantized_gemm = None
 
 # For weights that `gluon_quantized_gemm` admits; only stages, group_m and with MXFP4 down's block_n are a choice.
 WIDE_FP8 = FFNTiling(128, Tiling(64, 128, 4, 4, 16), Tiling(128, 128, 4, 4, 16))
@@ -38,11 +40,11 @@ MULTIPROCESSORS = 132  # of an H100 and an H200
 
 
 def choose_quantized_tiling(
-    pairs: int, num_experts: int, mxfp4: bool, hidden: int, wide: bool = False
-) -> SmallTiling | FFNTiling:
+    pairs: int, num_experts: int, mxfp4: bool, hidden: int, wide: bool = False, ring: bool = False
+) -> SmallTiling | FFNTiling | RingTiling:
     """The tiling for `pairs` pairs over `num_experts` local experts; measured at hidden 2048, 4096 and 7168.
 
-    wide: whether `gluon_quantized_gemm` admits the weights.
+    wide: whether `gluon_quantized_gemm` admits the weights; ring: whether `gluon_mxfp4_tiles` does.
     """
     mean = pairs / num_experts
     if wide and mean > (10 if mxfp4 else 32):
@@ -53,7 +55,7 @@ def choose_quantized_tiling(
     down_columns = min(pairs, num_experts) * hidden
     one_launch = mean <= 20 and down_columns > 1 << 15
     if mxfp4:
-        return _choose_mxfp4(mean, block_m, hidden, down_columns, one_launch)
+        return _choose_mxfp4(mean, block_m, hidden, down_columns, one_launch, ring)
     if mean > 20:
         return SmallTiling(block_m, Cut(64, 128, 3), Cut(64, 128, 3), one_launch=False)
     narrow = mean < 1.5  # also where only experts with pairs are counted
@@ -76,15 +78,22 @@ def _choose_wide_mxfp4(pairs: int, num_experts: int, hidden: int) -> FFNTiling:
     return replace(tiling, down=NARROW_DOWN) if narrow else tiling
 
 
-def _choose_mxfp4(mean: float, block_m: int, hidden: int, down_columns: int, one_launch: bool) -> SmallTiling:
+def _choose_mxfp4(
+    mean: float, block_m: int, hidden: int, down_columns: int, one_launch: bool, ring: bool
+) -> SmallTiling | RingTiling:
     """Caps let more programs share a multiprocessor, as one waits while another widens."""
     if mean > 20:
         return SmallTiling(block_m, Cut(64, 128, 3), Cut(128, 128, 3), one_launch=False, registers=168)
-    if mean < 1.5 and down_columns < 1 << 16:  # few programs: narrow blocks spread better, deep ones load more at once
+    short = hidden <= 2048 and mean > 2  # programs of few steps, several for each place
+    few = down_columns < 1 << 16  # programs: how much each has under way counts more than how many share a place
+    if ring and not short and mean <= 10 and (one_launch or 1.5 <= mean <= 3):
+        if mean > 3:
+            return RingTiling(16, 2, 64, one_launch)
+        return RingTiling(8, 3, 80, one_launch) if few else RingTiling(8, 2, 64, one_launch)
+    if mean < 1.5 and few:
         return SmallTiling(block_m, Cut(32, 256, 3), Cut(64, 256, 3), one_launch=one_launch)
     if not one_launch:
         return SmallTiling(block_m, Cut(64, 128, 3), Cut(128, 256, 3), one_launch=False)
-    short = hidden <= 2048 and mean > 2  # programs of few steps, several for each place
     return SmallTiling(block_m, Cut(64, 128, 3), Cut(128, 128, 3), registers=80 if short else None)
 
 
@@ -109,6 +118,7 @@ class QuantizedExperts:
         self.num_experts, self.hidden, self.intermediate = experts, hidden, double // 2
         self._biases, self._limit = biases, float(limit)
         self._wide: bool = gluon_quantized_gemm is not None and gluon_quantized_gemm.admits(w13, w2)
+        self._ring: bool = gluon_mxfp4_tiles is not None and gluon_mxfp4_tiles.admits(w13, w2)
         data = w13.data
         self._sms = torch.cuda.get_device_properties(data.device).multi_processor_count if data.is_cuda else 1
         self._grouper = PairGrouper(experts, data.device)
@@ -121,7 +131,7 @@ class QuantizedExperts:
         rows: torch.Tensor | None = None,
         top_k: int = 1,
         out: torch.Tensor | None = None,
-        tiling: SmallTiling | FFNTiling | None = None,
+        tiling: SmallTiling | FFNTiling | RingTiling | None = None,
     ) -> torch.Tensor:
         """See GroupedExperts.forward."""
         pairs = experts.numel()
@@ -139,18 +149,23 @@ class QuantizedExperts:
         self.ffn(hidden_states, grouping, activations, out, tiling)
         return out
 
-    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> SmallTiling | FFNTiling:
+    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> SmallTiling | FFNTiling | RingTiling:
         """See `choose_quantized_tiling`; num_experts: how many have pairs, where that is known."""
         experts = num_experts or self.num_experts
-        return choose_quantized_tiling(pairs, experts, self.w13.mxfp4, self.hidden, self._wide)
+        return choose_quantized_tiling(pairs, experts, self.w13.mxfp4, self.hidden, self._wide, self._ring)
 
     def ffn(
         self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, out: torch.Tensor,
-        tiling: SmallTiling | FFNTiling,
+        tiling: SmallTiling | FFNTiling | RingTiling,
     ) -> None:  # fmt: skip
         """See GroupedExperts.ffn."""
         if isinstance(tiling, SmallTiling):
             self._small_tiles.ffn(x, grouping, activations, out, tiling)
+            return
+        if isinstance(tiling, RingTiling):
+            gluon_mxfp4_tiles.ffn(
+                x, self.w13, self.w2, self._biases, self._limit, activations, out, grouping, tiling
+            )  # fmt: skip
             return
         bias13, bias2 = self._biases or (None, None)
         gluon_quantized_gemm.gate_up(

@@ -40,6 +40,21 @@ class FFNTiling:
     down: Tiling
 
 
+@dataclass(frozen=True)
+class RingTiling:
+    """Tile height in rows, 8 or 16, and how `gluon_mxfp4_tiles` runs: slots of its ring and registers of a thread on
+    average, which say how many programs share a multiprocessor; one launch or one for each product.
+
+    group_m: tiles of an expert that share a weight block before the next one.
+    """
+
+    block_m: int
+    stages: int
+    registers: int
+    one_launch: bool
+    group_m: int = 8
+
+
 _UP_TO_6 = SmallTiling(16, Cut(64, 128, 3), Cut(64, 128, 5))
 _UP_TO_20 = SmallTiling(32, Cut(128, 128, 3), Cut(128, 128, 5), warps=8)
 _UP_TO_90 = FFNTiling(64, Tiling(128, 64, 4, 5, 4), Tiling(128, 64, 4, 3, 4, programs_per_sm=3, swap=True))

@@ -77,3 +77,18 @@ def widen_mxfp4(packed, scales, RUNS: tl.constexpr, ASM: tl.constexpr):
     odd = tl.join(_widen_mxfp4_words(word1, front, True, ASM), _widen_mxfp4_words(word3, back, True, ASM))
     # [rows, run, thread, pair // 2, pair % 2, odd column, word // 2, word % 2]
     return tl.join(even, odd).permute(0, 1, 6, 7, 3, 4, 2, 5).reshape(rows, 128 * RUNS)
+
+
+@triton.jit
+def widen_mxfp4_half(even, odd, scales, SECOND: tl.constexpr, ASM: tl.constexpr):
+    """Half of a run's columns, the first or the second 64, as `widen_mxfp4`.
+
+    A thread's even and its odd word of them and the scales of the run, all [rows, 4] uint32 -> bf16 [rows, 64].
+    """
+    if SECOND:
+        scales = (scales << 8) | (scales >> 24)
+    scales = scales & 0x7F807F80
+    both = tl.join(
+        _widen_mxfp4_words(even, scales, False, ASM), _widen_mxfp4_words(odd, scales, True, ASM)
+    )  # [rows, thread, pair // 2, pair % 2, odd column, word]
+    return both.permute(0, 5, 2, 3, 1, 4).reshape(even.shape[0], 64)
