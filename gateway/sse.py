@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 from aiohttp import web
 
+from gateway.aside import MANY, aside
 from gateway.stall import StallGuard, Watched
 
 DONE = b"data: [DONE]\n\n"
 
 
-def dumps(value: Any) -> bytes:
-    """Compact JSON in UTF-8. Lone surrogates, which a client's own text may hold, become escapes."""
+def dumps(value: Any, in_pieces: bool = False) -> bytes:
+    """Compact JSON in UTF-8. Lone surrogates, which a client's own text may hold, become escapes.
+
+    `in_pieces`: it takes longer, but other threads run meanwhile.
+    """
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return _text(value, False, in_pieces).encode()
     except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
+        return _text(value, True, in_pieces).encode()
+
+
+def _text(value: Any, ensure_ascii: bool, in_pieces: bool) -> str:
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, separators=(",", ":"))
+    if not in_pieces:
+        return encoder.encode(value)
+    text = io.StringIO()
+    text.writelines(encoder.iterencode(value))
+    return text.getvalue()
+
+
+async def dumps_aside(value: Any, size: int) -> bytes:
+    """`dumps` of what holds so many values."""
+    return await aside(size, dumps, value, size >= MANY)
 
 
 class EventStream:
@@ -48,9 +67,9 @@ class EventStream:
         await self._response.write(data)
 
 
-async def send_json(request: web.Request, guard: StallGuard, body: Any) -> web.StreamResponse:
-    """Write a whole JSON response under watch: aiohttp itself would wait for a reader for ever."""
-    response = web.Response(body=dumps(body), content_type="application/json")
+async def send_json(request: web.Request, guard: StallGuard, body: Any, size: int = 0) -> web.StreamResponse:
+    """Write a whole JSON response, of `size` values, under watch: aiohttp itself would wait for a reader for ever."""
+    response = web.Response(body=await dumps_aside(body, size), content_type="application/json")
     transport = request.transport
     if transport is None:
         raise ConnectionResetError("the client is gone")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
 from aiohttp import web
 
+from gateway.aside import aside
 from gateway.errors import ApiError, bad_request
 from gateway.fields import Body
 from gateway.model import Model
-
-_SHORT_CHARS, _SHORT_TOKENS = 4096, 4096
-"""More than this takes milliseconds: not on the event loop, where all streams wait for it."""
 
 
 async def read_json(request: web.Request) -> Body:
@@ -51,10 +48,7 @@ async def encode(model: Model, text: str, param: str, add_special_tokens: bool) 
             param,
             "context_length_exceeded",
         )
-    if len(text) < _SHORT_CHARS:
-        return model.encode(text, param, add_special_tokens)
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(None, model.encode, text, param, add_special_tokens)
+    return await aside(len(text), model.encode, text, param, add_special_tokens)
 
 
 async def decode(model: Model, ids: list[int], param: str) -> str:
@@ -65,6 +59,4 @@ async def decode(model: Model, ids: list[int], param: str) -> str:
             param,
             "context_length_exceeded",
         )
-    if len(ids) < _SHORT_TOKENS:
-        return model.decode(ids)
-    return await asyncio.get_running_loop().run_in_executor(None, model.decode, ids)
+    return await aside(len(ids), model.decode, ids)

@@ -24,7 +24,9 @@ def heavy(submit: Submit, position: int) -> Token:
     return token(submit, position, 40, logprob=-0.123456789, top_ids=ids, top_logprobs=[-0.123456789] * 20)
 
 
-async def raw_post(port: int, body: dict, receive_bytes: int | None = None) -> socket.socket:
+async def raw_post(
+    port: int, body: dict, receive_bytes: int | None = None, path: str = "/v1/completions"
+) -> socket.socket:
     """A connection that has sent a request and reads nothing."""
     client = socket.socket()
     if receive_bytes is not None:
@@ -33,8 +35,8 @@ async def raw_post(port: int, body: dict, receive_bytes: int | None = None) -> s
     loop = asyncio.get_running_loop()
     await loop.sock_connect(client, ("127.0.0.1", port))
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
-    await loop.sock_sendall(client, f"{head}\r\n\r\n".encode() + data)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    await loop.sock_sendall(client, head.encode() + data)
     return client
 
 

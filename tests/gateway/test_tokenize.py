@@ -1,13 +1,16 @@
 """/tokenize and /detokenize: what a request would be computed with, and back."""
 
 import dataclasses
+import threading
 
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from gateway import sse
 from tests.gateway.fake_router import FakeRouter
 from tests.gateway.harness import gateway, run
 from tests.gateway.test_bad_requests import HELLO, check_error
+from tests.gateway.test_clients import port_of, raw_post
 
 
 def test_there_and_back(model, ids):
@@ -44,6 +47,48 @@ def test_tokens_as_the_vocabulary_writes_them(model):
         async with gateway(model) as g:
             _, answer, _ = await g.post("/tokenize", {"prompt": "a b", "return_token_strs": True})
             assert answer["token_strs"] == model.tokenizer.encode("a b").tokens
+
+    run(main())
+
+
+def test_many_tokens_are_written_beside_the_event_loop(model, monkeypatch):
+    threads, tokenizer, text_of = set(), model.tokenizer, sse._text
+
+    def note(function):
+        def noted(*args):
+            threads.add(threading.get_ident())
+            return function(*args)
+
+        return noted
+
+    class Noted:
+        encode_batch_fast = tokenizer.encode_batch_fast
+        id_to_token = staticmethod(note(tokenizer.id_to_token))
+
+    monkeypatch.setattr(sse, "_text", note(text_of))
+
+    async def main():
+        async with gateway(dataclasses.replace(model, tokenizer=Noted())) as g:
+            for letters, beside in ((100, False), (5000, True)):
+                text = "z " * letters  # more tokens than letters
+                threads.clear()
+                _, answer, _ = await g.post("/tokenize", {"prompt": text, "return_token_strs": True})
+                assert (threading.get_ident() not in threads) == beside
+                assert answer["tokens"] == tokenizer.encode(text).ids
+                assert answer["token_strs"] == tokenizer.encode(text).tokens
+
+    run(main())
+
+
+def test_who_does_not_read_the_tokens_is_cut_off(model):
+    roomy = dataclasses.replace(model, max_prompt_chars=1 << 20)
+
+    async def main():
+        async with gateway(roomy, stall_timeout_s=0.2) as g:
+            body = {"prompt": "z " * (1 << 19), "return_token_strs": True}  # an answer of several MB
+            client = await raw_post(port_of(g), body, receive_bytes=4096, path="/tokenize")
+            await g.until(lambda: g.services.guard.cut_count == 1)
+            client.close()
 
     run(main())
 
