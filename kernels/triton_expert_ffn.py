@@ -1,7 +1,7 @@
 """Grouped expert FFN of a server's local experts on a GPU, bf16, batch-invariant.
 
 See `triton_grouping` (which tile holds which pairs); the arithmetic: `triton_small_tiles` (few rows per expert),
-`triton_grouped_gemm` (many), `gluon_grouped_gemm` (a few hundred); docs/kernels.md (figures).
+`triton_grouped_gemm` (many), `gluon_grouped_gemm` (many, on Hopper); docs/kernels.md (figures).
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ class Tiling:
     programs_per_sm: so many on each multiprocessor stride over the work items.
     swap: weights are the left operand, in down.
     ping_pong: by the kernel of `gluon_grouped_gemm`, of which warps and swap are not a choice.
+    ahead: that one waits for the rows of a step, with a fence, while the step before is multiplied.
     """
 
     block_n: int
@@ -29,6 +30,7 @@ class Tiling:
     programs_per_sm: int = 1
     swap: bool = False
     ping_pong: bool = False
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,25 @@ _UP_TO_6 = SmallTiling(16, Cut(64, 128, 3), Cut(64, 128, 5))
 _UP_TO_20 = SmallTiling(32, Cut(128, 128, 3), Cut(128, 128, 5), warps=8)
 _UP_TO_90 = FFNTiling(64, Tiling(128, 64, 4, 5, 4), Tiling(128, 64, 4, 3, 4, programs_per_sm=3, swap=True))
 _LARGE = FFNTiling(128, Tiling(128, 64, 8, 4, 8), Tiling(256, 64, 8, 4, 8))
-PING_PONG = FFNTiling(64, Tiling(128, 64, 4, 5, 16, ping_pong=True), Tiling(256, 64, 4, 5, 16, ping_pong=True))
-"""91 to 1100 rows per expert, for weights that `gluon_grouped_gemm.admits`."""
+_DOWN_64 = Tiling(256, 64, 4, 5, 16, ping_pong=True)
+PING_PONG = FFNTiling(64, Tiling(128, 64, 4, 5, 16, ping_pong=True), _DOWN_64)
+"""91 to 300 rows per expert, for weights that `gluon_grouped_gemm.admits`; as the next two."""
+PING_PONG_AHEAD = FFNTiling(64, Tiling(128, 64, 4, 5, 16, ping_pong=True, ahead=True), _DOWN_64)
+"""301 to 760."""
+PING_PONG_WIDE = FFNTiling(
+    128, Tiling(96, 64, 4, 5, 8, ping_pong=True, ahead=True), Tiling(128, 64, 4, 6, 8, ping_pong=True)
+)
+"""More rows."""
 _BY_MEAN_ROWS = ((6, _UP_TO_6), (20, _UP_TO_20), (90, _UP_TO_90))
+_PING_PONG_BY_MEAN_ROWS = ((300, PING_PONG), (760, PING_PONG_AHEAD))
 
 
 def choose_tiling(pairs: int, num_experts: int, ping_pong: bool = False) -> FFNTiling | SmallTiling:
     """The tiling for `pairs` pairs over `num_experts` local experts, by the mean number of rows per expert.
 
-    ping_pong: whether `PING_PONG` may be chosen.
+    ping_pong: whether those of `gluon_grouped_gemm` may be chosen.
     """
-    for limit, tiling in _BY_MEAN_ROWS:
+    for limit, tiling in _BY_MEAN_ROWS + (_PING_PONG_BY_MEAN_ROWS if ping_pong else ()):
         if pairs <= limit * num_experts:
             return tiling
-    return PING_PONG if ping_pong and pairs <= 1100 * num_experts else _LARGE
+    return PING_PONG_WIDE if ping_pong else _LARGE

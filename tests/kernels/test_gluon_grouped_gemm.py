@@ -1,4 +1,4 @@
-"""The ping-pong kernel: who gets it, that it compiles for sm_90 without a GPU, and on a Hopper GPU its bits."""
+"""The ping-pong kernel: which loads get it, that it compiles for sm_90 without a GPU, and its bits on a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -14,16 +14,33 @@ import triton
 from kernels import gluon_grouped_gemm
 from kernels.triton_expert_ffn import GroupedExperts
 from kernels.triton_grouping import TILE_FIELDS, Grouping
-from kernels.triton_tiling import PING_PONG, choose_tiling
+from kernels.triton_tiling import PING_PONG, PING_PONG_AHEAD, PING_PONG_WIDE, FFNTiling, choose_tiling
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 LARGE = choose_tiling(8192, 8)
 
 
-@pytest.mark.parametrize(("pairs", "chosen"), [(90, False), (91, True), (1100, True), (1101, False)])
-def test_a_few_hundred_rows_per_expert_get_it_where_it_can_run(pairs: int, chosen: bool) -> None:
-    assert (choose_tiling(3 * pairs, 3, ping_pong=True) is PING_PONG) == chosen
-    assert choose_tiling(3 * pairs, 3) is not PING_PONG
+PING_PONGS = (PING_PONG, PING_PONG_AHEAD, PING_PONG_WIDE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        (91, PING_PONG),
+        (300, PING_PONG),
+        (301, PING_PONG_AHEAD),
+        (760, PING_PONG_AHEAD),
+        (761, PING_PONG_WIDE),
+        (9000, PING_PONG_WIDE),
+    ],
+)
+def test_many_rows_per_expert_get_it_where_it_can_run(rows: int, chosen: FFNTiling) -> None:
+    assert choose_tiling(3 * rows, 3, ping_pong=True) is chosen
+    assert choose_tiling(3 * rows, 3) not in PING_PONGS
+
+
+def test_few_rows_per_expert_do_not_get_it() -> None:
+    assert choose_tiling(3 * 90, 3, ping_pong=True) not in PING_PONGS
 
 
 @pytest.mark.parametrize(
@@ -79,18 +96,23 @@ import tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from kernels.gluon_grouped_gemm import SHARED, ping_pong_kernel as kernel, store_layout
-from kernels.triton_tiling import PING_PONG
+from kernels.gluon_grouped_gemm import BOX, SHARED, ping_pong_kernel as kernel, weight_box
+from kernels.triton_tiling import PING_PONG, PING_PONG_AHEAD, PING_PONG_WIDE
 
-for GATE_UP, BIAS, LIMIT, OUT_AT in ((True, False, 0.0, False), (True, True, 7.0, False), (False, True, 0.0, True)):
-    cut = PING_PONG.gate_up if GATE_UP else PING_PONG.down
+for tiling, GATE_UP, BIAS, LIMIT, OUT_AT in (
+    (PING_PONG, True, True, 7.0, False), (PING_PONG_AHEAD, True, False, 0.0, False),
+    (PING_PONG, False, True, 0.0, True), (PING_PONG_WIDE, True, False, 0.0, False),
+    (PING_PONG_WIDE, False, True, 0.0, True),
+):
+    cut = tiling.gate_up if GATE_UP else tiling.down
     types = dict.fromkeys(("x", "bias_ptr", "out_ptr"), "*bf16")
     types |= dict.fromkeys(("index_ptr", "tiles_ptr", "num_tiles_ptr"), "*i32")
     types |= dict.fromkeys(("x_stride", "out_stride", "depth", "columns"), "i32")
-    types |= {"w_desc": f"tensordesc<bf16[{cut.block_n}, {cut.block_k}],{SHARED.value!r}>"}
+    types |= {"w_desc": f"tensordesc<bf16[{weight_box(cut.block_n)}, {cut.block_k}],{SHARED.value!r}>"}
     if not GATE_UP:
-        types |= {"x": f"tensordesc<bf16[{PING_PONG.block_m}, {cut.block_k}],{SHARED.value!r}>", "out_ptr": "*i64"}
-    chosen = {"GATE_UP": GATE_UP, "STAGES": cut.stages, "GROUP_M": cut.group_m, "STORE": store_layout(cut.block_n)}
+        types |= {"x": f"tensordesc<bf16[{BOX.value}, {cut.block_k}],{SHARED.value!r}>", "out_ptr": "*i64"}
+    chosen = {"BLOCK_M": tiling.block_m, "WIDTH": cut.block_n * (2 if GATE_UP else 1), "STAGES": cut.stages}
+    chosen |= {"GATE_UP": GATE_UP, "GROUP_M": cut.group_m, "UNROLL": 2, "AHEAD": cut.ahead}
     chosen |= {"BIAS": BIAS, "LIMIT": LIMIT, "OUT_AT": OUT_AT}
     names = kernel.arg_names
     source = GluonASTSource(
@@ -111,7 +133,7 @@ for GATE_UP, BIAS, LIMIT, OUT_AT in ((True, False, 0.0, False), (True, True, 7.0
 
 def test_it_compiles_without_a_gpu_and_keeps_its_accumulators_in_registers() -> None:
     lines = run(COMPILE).splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 5
     for shared, no_stack, wide_stores in (line.split() for line in lines):
         assert int(shared) <= 227 * 1024
         assert (no_stack, wide_stores) == ("True", "True")
@@ -142,16 +164,21 @@ if HOPPER:
         ids = pairs()
         rows = torch.arange(len(ids), dtype=torch.int32, device="cuda") % len(hidden_states)
         results = []
-        for tiling in (LARGE, PING_PONG):
+        for tiling in (LARGE, *PING_PONGS):
             out = torch.full((len(ids), experts.hidden), float("nan"), dtype=hidden_states.dtype, device="cuda")
             results.append(experts.forward(hidden_states, ids, rows, out=out, tiling=tiling))
         assert not results[0][ids >= 0].isnan().any()
-        assert torch.equal(results[0].view(torch.int16), results[1].view(torch.int16))
+        for result in results[1:]:
+            assert torch.equal(results[0].view(torch.int16), result.view(torch.int16))
 
-    @pytest.mark.parametrize("biased", [False, True])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(
-        ("hidden", "intermediate"), [(64, 64), (576, 448), (2048, 768), (4096, 14336), (7168, 2048), (2880, 2880)]
+        ("hidden", "intermediate", "dtype", "biased"),
+        [
+            (64, 64, torch.bfloat16, False),
+            (2048, 768, torch.bfloat16, False),
+            (7168, 2048, torch.bfloat16, False),
+            (2880, 2880, torch.float16, True),
+        ],
     )
     def test_bits_are_those_of_the_other_kernel(
         hidden: int, intermediate: int, dtype: torch.dtype, biased: bool
@@ -164,22 +191,24 @@ if HOPPER:
         experts = layer(576, 448, torch.bfloat16, False)
         assert_same_bits(experts, normal(333, 576 + 8)[:, 1:577])
 
-    def test_results_go_to_an_address() -> None:
+    @pytest.mark.parametrize("tiling", [PING_PONG, PING_PONG_WIDE], ids=["64", "128"])
+    def test_results_go_to_an_address(tiling: FFNTiling) -> None:
         experts, ids = layer(576, 448, torch.bfloat16, False), pairs()
         x = normal(len(ids), 576)
         expected = experts.forward(x, ids, tiling=LARGE)
-        grouping = experts._grouper.group(ids, None, 1, PING_PONG.block_m)
+        grouping = experts._grouper.group(ids, None, 1, tiling.block_m)
         activations, out = normal(len(ids), 448), torch.empty_like(expected)
         address = torch.tensor([out.data_ptr()], device="cuda")
-        experts.ffn(x, grouping, activations, address, PING_PONG)
+        experts.ffn(x, grouping, activations, address, tiling)
         assert torch.equal(out[ids >= 0].view(torch.int16), expected[ids >= 0].view(torch.int16))
 
-    def test_a_list_without_tiles_is_not_read() -> None:
+    @pytest.mark.parametrize("tiling", [PING_PONG, PING_PONG_WIDE], ids=["64", "128"])
+    def test_a_list_without_tiles_is_not_read(tiling: FFNTiling) -> None:
         experts = layer(576, 448, torch.bfloat16, False)
         numbers = torch.zeros(300, dtype=torch.int32, device="cuda")
         tiles = torch.full((300, TILE_FIELDS.value), 0x7F7F7F7F, dtype=torch.int32, device="cuda")
-        grouping = Grouping(numbers, numbers, tiles, torch.zeros_like(numbers[:1]), PING_PONG.block_m)
+        grouping = Grouping(numbers, numbers, tiles, torch.zeros_like(numbers[:1]), tiling.block_m)
         activations, out = torch.zeros(300, 448).bfloat16().cuda(), torch.zeros(300, 576).bfloat16().cuda()
-        experts.ffn(normal(300, 576), grouping, activations, out, PING_PONG)
+        experts.ffn(normal(300, 576), grouping, activations, out, tiling)
         torch.cuda.synchronize()
         assert not activations.any() and not out.any()
