@@ -50,7 +50,8 @@ def release_import_pages() -> None:
 
 
 def unchanged(smaps: Iterable[str], directory: str) -> Iterator[tuple[int, int]]:
-    """Address and bytes of each mapping of a file in `directory` that cannot be written and has no page of its own.
+    """Address and bytes of each mapping of a file in `directory` that cannot be written and has no page of its own,
+    in memory or swapped out.
 
     Others hold what the file does not, as the addresses that the dynamic linker put there, and would lose it. Files
     elsewhere may be mapped or unmapped by another thread meanwhile; PyTorch's stay where they are.
@@ -60,7 +61,8 @@ def unchanged(smaps: Iterable[str], directory: str) -> Iterator[tuple[int, int]]
         if (found := _NOT_WRITABLE.match(line)) and found[3].startswith(directory + "/"):
             start, end = int(found[1], 16), int(found[2], 16)
             mapping = start, end - start
-        elif line.startswith("Anonymous:"):
-            if mapping is not None and line.split()[1] == "0":
+        elif mapping is not None and line.startswith(("Anonymous:", "Swap:")):
+            if line.split()[1] != "0":
+                mapping = None
+            elif line.startswith("Swap:"):  # the later one
                 yield mapping
-            mapping = None

@@ -31,18 +31,29 @@ SMAPS = """\
 1000-3000 r-xp 00000000 fe:00 17 /torch/lib/a.so
 Rss:                   8 kB
 Anonymous:             0 kB
+Swap:                  0 kB
+SwapPss:               0 kB
 3000-4000 r--p 00002000 fe:00 17 /torch/lib/a.so
 Anonymous:             4 kB
+Swap:                  0 kB
 4000-5000 rw-p 00003000 fe:00 17 /torch/lib/a.so
 Anonymous:             0 kB
+Swap:                  0 kB
 5000-6000 r--s 00000000 fe:00 18 /torch/lib/shared
 Anonymous:             0 kB
+Swap:                  0 kB
 6000-7000 r--p 00000000 00:00 0
 Anonymous:             0 kB
+Swap:                  0 kB
 7000-8000 r--p 00000000 fe:00 19 /torches/lib/b.so
 Anonymous:             0 kB
+Swap:                  0 kB
 8000-b000 r--p 00000000 fe:00 20                 /torch/lib/c d.so
 Anonymous:             0 kB
+Swap:                  0 kB
+b000-c000 r--p 00003000 fe:00 20                 /torch/lib/c d.so
+Anonymous:             0 kB
+Swap:                  4 kB
 """
 
 
