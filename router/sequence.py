@@ -107,6 +107,7 @@ def check(sequence: Sequence, vocab_size: int, max_model_len: int) -> Refusal | 
         (s.top_k < 0, f"top_k {s.top_k} is negative"),
         (s.repetition_penalty <= 0, f"repetition_penalty {s.repetition_penalty} is not positive"),
         (not -1 <= s.logprobs <= 20, f"logprobs {s.logprobs} is not within -1..20"),
+        (s.prompt_logprobs and s.logprobs < 0, "prompt_logprobs are asked for without logprobs"),
         (
             s.on_missing_expert not in MISSING_EXPERT_POLICIES,
             f"on_missing_expert {s.on_missing_expert!r:.40} is not one of {', '.join(MISSING_EXPERT_POLICIES)}",

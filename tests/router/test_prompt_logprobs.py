@@ -84,7 +84,7 @@ def test_a_stream_that_goes_on_has_sent_them_already(client):
 
 def test_a_prompt_whose_logits_are_not_finite_ends_with_one_error(client, cluster, monkeypatch):
     monkeypatch.setattr(prompt_logprobs, "logprobs", lambda *args: None)
-    client.submit("q", SHORT, prompt_logprobs=True, max_tokens=1)
+    client.submit("q", SHORT, logprobs=0, prompt_logprobs=True, max_tokens=1)
     client.until_ended(1)
     client.submit("plain", SHORT, max_tokens=2)
     client.until_ended(2)

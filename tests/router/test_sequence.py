@@ -50,6 +50,7 @@ def test_a_good_sequence_is_not_refused():
         (make(top_k=-1), "bad_request", "top_k"),
         (make(repetition_penalty=0.0), "bad_request", "repetition_penalty"),
         (make(logprobs=21), "bad_request", "logprobs"),
+        (make(prompt_logprobs=True), "bad_request", "prompt_logprobs"),
         (make([1] * 30, [1, 2]), "context_length", "32"),
     ],
 )
