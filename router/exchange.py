@@ -254,11 +254,13 @@ class Exchange:
             self._lose(connection, f"a bad welcome ({e})", REFUSED_RETRY_S)
         else:
             server, now = connection.server_id, self._clock()
+            # The end of what was warned of. A first contact is no news: the server says itself that it is online.
+            level = logging.INFO if connection.key in self._met else logging.DEBUG
             self._met.add(connection.key)
             self._listen(connection)
             self.dispatcher.connected(server, message.incarnation, message.credit_rows, message.max_rows, now)
             self.changed = True
-            logger.debug("connected to %s: %s", server, connection.terms)
+            logger.log(level, "connected to %s: %s", server, connection.terms)
 
     def _put(self, connection: Connection, reply: Reply, tensor: memoryview | None) -> None:
         """Write the rows of a reply to the slots it answers."""

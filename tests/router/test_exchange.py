@@ -399,6 +399,21 @@ def test_suspects_may_be_read_while_garbage_is_collected(harness, tmp_path):
     assert added and len(suspects) == 10 < len(pairs)
 
 
+def test_the_log_says_when_a_connection_that_was_lost_is_there_again(harness, servers, tmp_path, caplog):
+    a, b = (s.serve() for s in servers)
+    with caplog.at_level("INFO", "router.exchange"):
+        harness.view(a, b)
+        harness.connected(a, b)
+        assert caplog.messages == []
+        a.die()
+        harness.until(lambda: "a" in harness.exchange.suspects)
+        again = Server(tmp_path, "a").serve()
+        harness.connected(again)
+    again.die()
+    lost, found = caplog.messages
+    assert lost.startswith("a: the connection is lost") and found.startswith("connected to a: ")
+
+
 def test_an_exchange_that_closes_suspects_nobody(harness, tmp_path):
     """The lease's thread says so once more if it happens to renew just then."""
     harness.view(*(Silent(tmp_path, str(n)) for n in range(3)))
