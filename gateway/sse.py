@@ -53,9 +53,9 @@ class EventStream:
         """The response, once the first event was written."""
         return self._response
 
-    async def send(self, event: dict[str, Any]) -> None:
-        """Write one event; waits only for this connection, and only when its buffer is full."""
-        await self.write(b"data: " + dumps(event) + b"\n\n")
+    async def send(self, event: dict[str, Any], size: int = 0) -> None:
+        """Write one event, of `size` values; waits only for this connection, and only when its buffer is full."""
+        await self.write(b"data: " + await dumps_aside(event, size) + b"\n\n")
 
     async def write(self, data: bytes) -> None:
         """Write bytes that are whole events."""

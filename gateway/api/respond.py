@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 from aiohttp import web
 
+from gateway.aside import aside
 from gateway.errors import ApiError
 from gateway.formats import Format, Object
 from gateway.generation import Generation
@@ -43,8 +45,9 @@ async def _whole(
             whole.prompt += delta.prompt
             whole.tokens += delta.tokens
             whole.finish_reason = delta.finish_reason
-    body = formatter.response(generation.outputs, wholes, usage(generation))
-    return await send_json(request, services.guard, body)
+    size = _scores(generation.outputs[0], wholes)
+    body = await aside(size, formatter.response, generation.outputs, wholes, usage(generation))
+    return await send_json(request, services.guard, body, size)
 
 
 async def _stream(
@@ -86,9 +89,15 @@ async def _send_deltas(
         for chunk in formatter.opening(outputs):
             await stream.send(chunk)
     for output, delta in deltas:
-        event = formatter.chunk(output, delta)
+        size = _scores(output, [delta])
+        event = await aside(size, formatter.chunk, output, delta)
         if event is not None:
-            await stream.send(event)
+            await stream.send(event, size)
+
+
+def _scores(output: ChoiceOutput, deltas: Iterable[Delta]) -> int:
+    """How many log-probabilities these deltas of `output`, or of others of its request, bring to the client."""
+    return sum(len(d.prompt) + len(d.tokens) for d in deltas) * (1 + output.record.sampling.logprobs)
 
 
 def usage(generation: Generation) -> Object:

@@ -2,9 +2,11 @@
 
 import asyncio
 import dataclasses
+import threading
 
 import pytest
 
+from gateway import formats, sse
 from moering.protocol import PromptLogprobs, Submit
 from tests.gateway.fake_router import FakeRouter, says, token
 from tests.gateway.harness import gateway, run
@@ -79,6 +81,47 @@ def test_a_router_that_dies_between_the_parts_is_followed_by_one_that_begins_aga
             _, response, _ = await task
             assert response["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0, -3.0, -9.5]
         second.kill()
+
+    run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("prompt_tokens", "beside"), [(100, False), (300, True)])
+def test_many_are_written_beside_the_event_loop(model, monkeypatch, stream, prompt_tokens, beside):
+    threads = set()
+
+    def note(module, name):
+        function = getattr(module, name)
+
+        def noted(value, *args):
+            if "choices" in value or isinstance(value, list):
+                threads.add((name, threading.get_ident()))
+            return function(value, *args)
+
+        monkeypatch.setattr(module, name, noted)
+
+    note(formats, "completion_logprobs")
+    note(sse, "_text")
+    top = [1.0] * 20
+
+    async def main():
+        router = FakeRouter(
+            script=lambda s, p: token(s, p, 60, logprob=-1.0, top_ids=list(range(20)), top_logprobs=top), hold_at=0
+        )
+        async with gateway(model, router) as g:
+            body = {"prompt": [40] * prompt_tokens, "echo": True, "logprobs": 20, "max_tokens": 1}
+            task = asyncio.create_task((g.stream if stream else g.post)(TEXT, body))
+            await g.until(lambda: router.submits)
+            submit, rest = router.submits[0], prompt_tokens - 1
+            alternatives = [list(range(20))] * rest, [top] * rest
+            router.send(PromptLogprobs(submit.request_id, submit.attempt, 1, [-1.0] * rest, *alternatives))
+            await g.until(lambda: [len(r.prompt_logprobs) for r in g.services.journal.records()] == [rest])
+            router.release()
+            answer = await task
+            answer = answer[0] if stream else answer[1]
+            assert len(answer["choices"][0]["logprobs"]["tokens"]) == prompt_tokens + 1
+        assert {name for name, _ in threads} == {"completion_logprobs", "_text"}
+        assert (threading.get_ident() not in {thread for _, thread in threads}) == beside
 
     run(main())
 
