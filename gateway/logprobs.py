@@ -40,7 +40,11 @@ def completion_logprobs(tokens: Sequence[Token | Scored], model: Model, offset: 
 
 
 def _top(token: Token | Scored, model: Model) -> dict[str, float]:
-    return {_text(i, model): p for i, p in zip(token.top_ids, token.top_logprobs, strict=False)}
+    """By text: of tokens that have the same, as parts of characters do, the likeliest. They come best first."""
+    top: dict[str, float] = {}
+    for token_id, logprob in zip(token.top_ids, token.top_logprobs, strict=False):
+        top.setdefault(_text(token_id, model), logprob)
+    return top
 
 
 def _entry(token_id: int, logprob: float | None, model: Model) -> dict[str, Any]:

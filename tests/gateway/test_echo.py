@@ -7,6 +7,8 @@ import threading
 import pytest
 
 from gateway import formats, sse
+from gateway.journal import Scored
+from gateway.logprobs import completion_logprobs
 from moering.protocol import PromptLogprobs, Submit
 from tests.gateway.fake_router import FakeRouter, says, token
 from tests.gateway.harness import gateway, run
@@ -160,3 +162,9 @@ def test_a_stream_begins_with_the_prompt(model, ids):
             assert "".join(texts) == "Say a ring" and texts[0].startswith("Say ") and done == "[DONE]"
 
     run(main())
+
+
+def test_of_alternatives_with_the_same_text_the_likeliest_is_told(model):
+    first, second = (next(i for i in range(320) if model.token_bytes(i) == bytes([byte])) for byte in (0xE2, 0xF0))
+    top = Scored(60, -3.0, [first, 60, second], [-0.5, -3.0, -4.0])
+    assert completion_logprobs([top], model, 0)["top_logprobs"] == [{"\ufffd": -0.5, model.decode([60]): -3.0}]
