@@ -99,7 +99,7 @@ class Journal:
         return record if record.finished else None
 
     def take_prompt_logprobs(self, part: PromptLogprobs) -> None:
-        """Add some of a prompt's log-probabilities; those from the same position on, of an earlier attempt, go."""
+        """Add some of a prompt's log-probabilities; those from the same position on, of an earlier computation, go."""
         record = self._records.get(part.request_id)
         if record is not None and part.attempt == record.attempt:
             columns = part.logprobs, part.top_ids, part.top_logprobs

@@ -3,7 +3,7 @@
 import pytest
 
 from gateway.journal import Failure, Journal, Record
-from moering.protocol import Failed, Sampling, Token
+from moering.protocol import Failed, PromptLogprobs, Sampling, Token
 
 
 def open_record(journal: Journal, request_id: str = "a") -> tuple[Record, list]:
@@ -54,6 +54,18 @@ def test_a_resume_carries_what_the_client_has_and_the_same_sampling():
     assert (second.emitted, second.attempt, second.deadline_s) == ([5], 2, 90.0)
     journal.take(Token("a", 2, 1, 6))
     assert second.emitted == [5], "the message must not change after it was made"
+
+
+def test_log_probabilities_of_a_prompt_that_is_computed_again_replace_the_first_ones():
+    """A router whose memory is short computes a prompt again within the same attempt."""
+    journal = Journal()
+    record = Record("a", [1, 2, 3, 4, 5], Sampling(max_tokens=4), deadline=100.0, sink=lambda event: None)
+    journal.add(record)
+    record.next_submit(0.0)
+    for start, values in ((1, [-1.0]), (2, [-2.0, -3.0]), (1, [-1.0, -2.0]), (3, [-3.0]), (4, [-4.0])):
+        empty: list[list] = [[] for _ in values]
+        journal.take_prompt_logprobs(PromptLogprobs("a", 1, start, values, empty, empty))
+    assert [(s.token_id, s.logprob) for s in record.prompt_logprobs] == [(2, -1.0), (3, -2.0), (4, -3.0), (5, -4.0)]
 
 
 def test_the_terminal_event_comes_once():
