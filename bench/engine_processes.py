@@ -16,7 +16,6 @@ from bench.cluster import command_of, stop
 from bench.engine_client import first_router
 from moering.commands import VISIBLE_GPUS
 from moering.errors import MoeringError
-from moering.launcher import HUGE_PAGES
 
 STOP_S, BOUND_S = 10.0, 90.0
 
@@ -54,8 +53,7 @@ def started(
         address = f"ipc://{run_directory}/engine"
         gpu = {VISIBLE_GPUS: place.gpu} if place.gpu else {}
         argv = [sys.executable, "-m", module, *place.flags(), "--bind", address, *flags]
-        variables = dict([HUGE_PAGES]) | os.environ | gpu | (env or {})
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=out, env=variables)
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=out, env=os.environ | gpu | (env or {}))
         try:
             _wait_until_bound(process, address, log)
             yield process, address

@@ -39,9 +39,6 @@ STOP_ORDER = ("gateway", "router", "expert-server", "coordinator")  # nobody los
 READY_POLL_S = 0.2
 BACKLOG = 1024  # connections that wait for a gateway to take them
 MAX_RUN_DIRECTORY_CHARS = 60  # a Unix socket's path ends at 103 characters on some systems
-HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-"""In a process's environment when it starts: glibc asks Linux for huge pages. A CPU reads a model's weights for each
-token; with small pages it looks up where each 4 KB of them are."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +203,6 @@ def _ready_line(url: str) -> str:
 def _run(config: Config) -> int:
     etcd_cluster(config.membership)  # a wrong one is one error here and not one of each process
     os.environ.pop("MOERING_CONFIG", None)  # the keys of that file are the launcher's; its processes would refuse them
-    os.environ.setdefault(*HUGE_PAGES)
     http = _listen(config)
     checkpoint = _checkpoint(config.model)
     run_directory = _make_run_directory()

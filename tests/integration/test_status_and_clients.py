@@ -8,7 +8,6 @@ import sys
 from functools import partial
 from typing import Any
 
-import psutil
 from openai import OpenAI
 
 from tests.integration.cluster import DEADLINE_S, REPO, SERVERS, Cluster
@@ -58,11 +57,3 @@ def test_openai_sdk_streams_a_chat(cluster: Cluster) -> None:
     ends = [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason]
     assert ends == [whole.choices[0].finish_reason]
     assert chunks[-1].usage == whole.usage and whole.usage.completion_tokens > 0
-
-
-def test_processes_ask_for_huge_pages(cluster: Cluster) -> None:
-    started = psutil.Process(cluster.launcher.pid).children()
-    imports = [p for p in started if "moering.fork_server" in p.cmdline()]  # what it forks has the malloc that it has
-    for process in [*imports, psutil.Process(cluster.process("coordinator")["pid"])]:
-        assert process.environ()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
-    assert len(imports) == 1
