@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +12,7 @@ from kernels import gluon_grouped_gemm
 from kernels.triton_expert_ffn import GroupedExperts
 from kernels.triton_grouping import TILE_FIELDS, Grouping
 from kernels.triton_tiling import PING_PONG, PING_PONG_AHEAD, PING_PONG_WIDE, FFNTiling, choose_tiling
+from tests.kernels.compiled import run_compiled
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 LARGE = choose_tiling(8192, 8)
@@ -71,13 +69,6 @@ def test_where_it_can_run(monkeypatch: pytest.MonkeyPatch, changed: dict, admitt
     assert gluon_grouped_gemm.admits(w13, w2) == admitted
 
 
-def run(code: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    ).stdout
-
-
 def test_a_triton_without_gluon() -> None:
     code = """
 import sys
@@ -87,17 +78,13 @@ from kernels.triton_expert_ffn import GroupedExperts
 experts = GroupedExperts(torch.zeros(8, 128, 64), torch.zeros(8, 64, 64))
 print(experts.choose_tiling(2400).gate_up.ping_pong)
 """
-    assert run(code) == "False\n"
+    assert run_compiled(code) == "False\n"
 
 
 COMPILE = """
-import subprocess
-import tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
 from kernels.gluon_grouped_gemm import BOX, SHARED, ping_pong_kernel as kernel, weight_box
 from kernels.triton_tiling import PING_PONG, PING_PONG_AHEAD, PING_PONG_WIDE
+from tests.kernels.compiled import compile_gluon, disassembled
 
 for tiling, GATE_UP, BIAS, LIMIT, OUT_AT in (
     (PING_PONG, True, True, 7.0, False), (PING_PONG_AHEAD, True, False, 0.0, False),
@@ -114,25 +101,14 @@ for tiling, GATE_UP, BIAS, LIMIT, OUT_AT in (
     chosen = {"BLOCK_M": tiling.block_m, "WIDTH": cut.block_n * (2 if GATE_UP else 1), "STAGES": cut.stages}
     chosen |= {"GATE_UP": GATE_UP, "GROUP_M": cut.group_m, "UNROLL": 2, "AHEAD": cut.ahead}
     chosen |= {"BIAS": BIAS, "LIMIT": LIMIT, "OUT_AT": OUT_AT}
-    names = kernel.arg_names
-    source = GluonASTSource(
-        fn=kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in chosen.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if "desc" not in kind},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    compiled = compile_gluon(kernel, types, chosen)
+    usage = disassembled(compiled, "-res-usage")
     print(compiled.metadata.shared, "STACK:0 " in usage, "st.global.v4" in compiled.asm["ptx"])
 """
 
 
 def test_it_compiles_without_a_gpu_and_keeps_its_accumulators_in_registers() -> None:
-    lines = run(COMPILE).splitlines()
+    lines = run_compiled(COMPILE).splitlines()
     assert len(lines) == 5
     for shared, no_stack, wide_stores in (line.split() for line in lines):
         assert int(shared) <= 227 * 1024

@@ -3,9 +3,6 @@ its bits."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +15,7 @@ from kernels.triton_grouping import COUNTER_FIELD, PairGrouper
 from kernels.triton_quantized_ffn import QuantizedExperts, choose_quantized_tiling
 from kernels.triton_small_tiles import Cut, SmallTiling
 from kernels.triton_tiling import RingTiling
+from tests.kernels.compiled import run_compiled
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 TILINGS = [RingTiling(8, 2, 64, True), RingTiling(16, 2, 64, True), RingTiling(8, 3, 80, False)]
@@ -55,12 +53,8 @@ def test_where_it_can_run(monkeypatch: pytest.MonkeyPatch, changed: dict, admitt
 
 
 COMPILE = """
-import subprocess
-import tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
 from kernels.gluon_mxfp4_tiles import WORDS, mxfp4_kernel as kernel
+from tests.kernels.compiled import compile_gluon, disassembled
 
 for BLOCK_M, STAGES, registers, BIAS in ((8, 2, 64, False), (16, 2, 64, True), (8, 3, 80, True)):
     types = dict.fromkeys(("x_ptr", "bias13_ptr", "bias2_ptr", "act_ptr", "out_ptr"), "*bf16")
@@ -69,22 +63,8 @@ for BLOCK_M, STAGES, registers, BIAS in ((8, 2, 64, False), (16, 2, 64, True), (
     types |= {f"{w}_desc": f"tensordesc<i32[{rows}, 16],{WORDS.value!r}>" for w, rows in (("w13", 64), ("w2", 128))}
     chosen = {"HIDDEN": 2048, "INTERMEDIATE": 768, "GATE_UP": True, "DOWN": True, "BLOCK_M": BLOCK_M}
     chosen |= {"STAGES": STAGES, "GROUP_M": 8, "BIAS": BIAS, "LIMIT": 7.0 if BIAS else 0.0, "OUT_AT": False}
-    names = kernel.arg_names
-    source = GluonASTSource(
-        fn=kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in chosen.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if "desc" not in kind},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": registers})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([triton.knobs.nvidia.cuobjdump.path, option, file.name],
-                           check=True, capture_output=True, text=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+    compiled = compile_gluon(kernel, types, chosen, maxnreg=registers)
+    usage, sass = (disassembled(compiled, option) for option in ("-res-usage", "-sass"))
     programs = 65536 // (256 * registers)
     print((compiled.metadata.shared + 1024) * programs <= 228 * 1024, "STACK:0 " in usage,
           "shfl.sync.bfly" in compiled.asm["ptx"], sass.count("HMUL2") // (BLOCK_M // 8), sass.count("HMMA"))
@@ -94,10 +74,7 @@ for BLOCK_M, STAGES, registers, BIAS in ((8, 2, 64, False), (16, 2, 64, True), (
 def test_it_compiles_without_a_gpu_and_its_programs_fit_a_multiprocessor() -> None:
     """Nor is anything spilt, nor does a word travel between threads; a step's 256 weights of a thread take 128
     multiplications in each loop, two loops for each height."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    lines = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
+    lines = run_compiled(COMPILE).splitlines()
     assert [line.split()[:4] for line in lines] == [["True", "True", "False", "256"]] * 3
     assert [int(line.split()[4]) for line in lines] == [64, 64 + 128, 64]
 

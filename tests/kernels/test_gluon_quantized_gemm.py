@@ -3,9 +3,6 @@ its bits."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +23,7 @@ from kernels.triton_quantized_ffn import (
 )
 from kernels.triton_small_tiles import SmallTiling
 from kernels.triton_tiling import FFNTiling
+from tests.kernels.compiled import run_compiled
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
@@ -82,13 +80,6 @@ def test_mxfp4_needs_blocks_of_256(monkeypatch: pytest.MonkeyPatch, mxfp4: bool,
     assert gluon_quantized_gemm.admits(w13, w2) == admitted
 
 
-def run(code: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    ).stdout
-
-
 def test_a_triton_without_gluon() -> None:
     code = """
 import sys
@@ -101,17 +92,13 @@ w13, w2 = (
 )
 print(type(QuantizedExperts(w13, w2).choose_tiling(500)).__name__)
 """
-    assert run(code) == "SmallTiling\n"
+    assert run_compiled(code) == "SmallTiling\n"
 
 
 COMPILE = """
-import subprocess
-import tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
 from kernels.gluon_quantized_gemm import BOX, HALF, SHARED, WORDS, heights, quantized_kernel as kernel
 from kernels.triton_quantized_ffn import NARROW_DOWN, WIDE_FP8, WIDE_MXFP4
+from tests.kernels.compiled import compile_gluon, disassembled
 
 LARGE = WIDE_MXFP4[128]
 for MXFP4, BLOCK_M, cut, GATE_UP, BIAS, LIMIT, OUT_AT in (
@@ -131,22 +118,8 @@ for MXFP4, BLOCK_M, cut, GATE_UP, BIAS, LIMIT, OUT_AT in (
         types |= {"out_ptr": "*i64"}
     chosen = {"MXFP4": MXFP4, "GATE_UP": GATE_UP, "BLOCK_M": BLOCK_M, "BLOCK_N": cut.block_n, "STAGES": cut.stages}
     chosen |= {"GROUP_M": cut.group_m, "BIAS": BIAS, "LIMIT": LIMIT, "OUT_AT": OUT_AT}
-    names = kernel.arg_names
-    source = GluonASTSource(
-        fn=kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in chosen.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if "desc" not in kind},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([triton.knobs.nvidia.cuobjdump.path, option, file.name],
-                           check=True, capture_output=True, text=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+    compiled = compile_gluon(kernel, types, chosen)
+    usage, sass = (disassembled(compiled, option) for option in ("-res-usage", "-sass"))
     ptx = compiled.asm["ptx"]
     loops = heights(MXFP4, BLOCK_M)
     blocks = cut.block_n * (2 if GATE_UP else 1) // 128  # of 64 weight rows, of a consumer
@@ -163,7 +136,7 @@ def test_it_compiles_without_a_gpu_and_keeps_its_accumulators_in_registers() -> 
 
     Two registers of an item are not kept there.
     """
-    lines = run(COMPILE).splitlines()
+    lines = run_compiled(COMPILE).splitlines()
     assert len(lines) == 7
     for shared, stack, wide_stores, shuffles, *counts in (line.split() for line in lines):
         assert int(shared) <= 227 * 1024

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.kernels.compiled import run_compiled
 
 COMPILE = """
 import sys
@@ -46,12 +44,8 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).
 @pytest.mark.parametrize("launches", ["one", "two"])
 @pytest.mark.parametrize("runs", [1, 2])
 def test_a_step_waits_for_one_product_and_moves_no_operand_between_threads(runs: int, launches: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    compiled = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(runs), launches],
-        env=environment, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    loops = [part.split("scf.yield")[0] for part in compiled.stdout.split("scf.for")[1:]]
+    compiled = run_compiled(COMPILE, str(runs), launches)
+    loops = [part.split("scf.yield")[0] for part in compiled.split("scf.for")[1:]]
     assert len(loops) == (2 if launches == "one" else 1)
     for loop in loops:
         assert loop.count("ttng.warp_group_dot ") == 1  # not one for each 16 columns: see `_awaited`
