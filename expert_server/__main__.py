@@ -214,7 +214,7 @@ class ExpertServer:
 
     def _capacity(self) -> int:
         """Experts that fit; known once the backend is there, as a GPU may have less room than was asked for."""
-        return self._backend.capacity or self.config.capacity or default_capacity(self.checkpoint.widened_expert_bytes)
+        return self._backend.capacity or self.config.capacity or default_capacity(self.checkpoint.packed_expert_bytes)
 
     def _lease(self) -> Lease:
         view = self.view

@@ -24,6 +24,8 @@ __all__ = ["Checkpoint", "ExpertWeights", "RawTensor"]
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
+PACKED_COLUMNS = 512
+"""A row of a weight that a CPU computes with (`kernels.linear`) takes the memory of a multiple of so many values."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,11 @@ class _Weight:
         return self.tensor.nbytes + (self.scale.nbytes if self.scale else 0)
 
     @property
-    def widened_nbytes(self) -> int:
-        """Of what a CPU computes with: fp8 becomes fp16."""
-        return 2 * self.tensor.nbytes if self.scale else self.tensor.nbytes
+    def packed_nbytes(self) -> int:
+        """Of what a CPU computes with: fp8 becomes fp16, and rows are filled up to whole blocks."""
+        columns = self.tensor.shape[-1]
+        nbytes = self.tensor.nbytes // columns * -(-columns // PACKED_COLUMNS) * PACKED_COLUMNS
+        return 2 * nbytes if self.scale else nbytes
 
     def read(self) -> RawTensor:
         weight = self.tensor.read()
@@ -104,7 +108,7 @@ class Checkpoint:
         self.digest = hasher.hexdigest()
         experts = self._experts.values()
         self.expert_bytes = max(sum(part.nbytes for part in parts) for parts in experts)
-        self.widened_expert_bytes = max(sum(part.widened_nbytes for part in parts) for parts in experts)
+        self.packed_expert_bytes = max(sum(part.packed_nbytes for part in parts) for parts in experts)
         self.expert_dtypes = {part.tensor.dtype for parts in experts for part in parts}
 
     def close(self) -> None:

@@ -15,5 +15,5 @@ def test_fp8_experts_count_as_what_they_become(tmp_path, monkeypatch):
     server.service.start()
     server._backend = SimpleNamespace(capacity=0)
     monkeypatch.setattr(product, "default_capacity", lambda expert_bytes: 10**6 // expert_bytes)
-    assert server._capacity() == 10**6 // (2 * 3 * 64 * 96)
+    assert server._capacity() == 10**6 // (2 * (2 * 96 + 64) * 512)
     server.service.close()
