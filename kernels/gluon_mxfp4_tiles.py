@@ -255,7 +255,7 @@ def _store(result, out_ptr, out_stride, target, rows, column, LISTED: gl.constex
 
 
 @gluon.jit
-def _compute(
+def _compute_rows(
     words, scales, xs, full, empty, bias_ptr, out_ptr, out_stride, order_ptr, expert, start, rows, block,
     DEPTH: gl.constexpr, COLUMNS: gl.constexpr, GATE_UP: gl.constexpr, BIAS: gl.constexpr, LIMIT: gl.constexpr,
     N: gl.constexpr,
@@ -274,6 +274,25 @@ def _compute(
                 n = column + gl.arange(0, 64, gl.SliceLayout(1, PRODUCT))
                 acc = add_bias(acc, bias_ptr + expert * COLUMNS, n, n < COLUMNS, True)
             _store(acc, out_ptr, out_stride, order_ptr + start, rows, column, True)
+
+
+@gluon.jit
+def _compute(
+    words, scales, xs, full, empty, bias_ptr, out_ptr, out_stride, order_ptr, expert, start, rows, block,
+    DEPTH: gl.constexpr, COLUMNS: gl.constexpr, GATE_UP: gl.constexpr, BIAS: gl.constexpr, LIMIT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """`_compute_rows` for a tile's height, or for HEIGHT where it has no more rows."""
+    if rows <= HEIGHT:
+        _compute_rows(
+            words, scales, xs, full, empty, bias_ptr, out_ptr, out_stride, order_ptr,
+            expert, start, rows, block, DEPTH, COLUMNS, GATE_UP, BIAS, LIMIT, HEIGHT,
+        )  # fmt: skip
+    elif BLOCK_M > HEIGHT:
+        _compute_rows(
+            words, scales, xs, full, empty, bias_ptr, out_ptr, out_stride, order_ptr,
+            expert, start, rows, block, DEPTH, COLUMNS, GATE_UP, BIAS, LIMIT, BLOCK_M,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -325,30 +344,18 @@ def _consume(
         )  # fmt: skip
         counter_ptr = tiles_ptr + TILE_FIELDS * tile + COUNTER_FIELD
         if GATE_UP and item < tiles * up_blocks:
-            if rows <= HEIGHT:
-                _compute(
-                    words, scales, xs, full, empty, bias13_ptr, act_ptr, INTERMEDIATE, order_ptr,
-                    expert, start, rows, block, HIDDEN, INTERMEDIATE, True, BIAS, LIMIT, HEIGHT,
-                )  # fmt: skip
-            elif BLOCK_M > HEIGHT:
-                _compute(
-                    words, scales, xs, full, empty, bias13_ptr, act_ptr, INTERMEDIATE, order_ptr,
-                    expert, start, rows, block, HIDDEN, INTERMEDIATE, True, BIAS, LIMIT, BLOCK_M,
-                )  # fmt: skip
+            _compute(
+                words, scales, xs, full, empty, bias13_ptr, act_ptr, INTERMEDIATE, order_ptr,
+                expert, start, rows, block, HIDDEN, INTERMEDIATE, True, BIAS, LIMIT, BLOCK_M,
+            )  # fmt: skip
             if DOWN:
                 gl.thread_barrier()
                 gl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
         elif DOWN:
-            if rows <= HEIGHT:
-                _compute(
-                    words, scales, xs, full, empty, bias2_ptr, out_ptr, out_stride, order_ptr,
-                    expert, start, rows, block, INTERMEDIATE, HIDDEN, False, BIAS, LIMIT, HEIGHT,
-                )  # fmt: skip
-            elif BLOCK_M > HEIGHT:
-                _compute(
-                    words, scales, xs, full, empty, bias2_ptr, out_ptr, out_stride, order_ptr,
-                    expert, start, rows, block, INTERMEDIATE, HIDDEN, False, BIAS, LIMIT, BLOCK_M,
-                )  # fmt: skip
+            _compute(
+                words, scales, xs, full, empty, bias2_ptr, out_ptr, out_stride, order_ptr,
+                expert, start, rows, block, INTERMEDIATE, HIDDEN, False, BIAS, LIMIT, BLOCK_M,
+            )  # fmt: skip
             if GATE_UP:
                 leave(counter_ptr, up_blocks + down_blocks - 1)
 
