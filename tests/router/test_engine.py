@@ -21,20 +21,6 @@ def checkpoint(tmp_path_factory):
     return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"), layers=3)
 
 
-@pytest.fixture
-def cluster(tmp_path, checkpoint, request):
-    c = MiniCluster(tmp_path, checkpoint, **getattr(request, "param", {}))
-    yield c
-    c.close()
-
-
-@pytest.fixture
-def client(cluster):
-    c = Client(cluster.address)
-    yield c
-    c.socket.close()
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, checkpoint):
     """Each prompt alone, one after the other, whole prefill."""

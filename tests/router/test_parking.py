@@ -13,7 +13,7 @@ from router.missing import leave_out
 from tests import tiny
 from tests.local_experts import LocalExperts
 from tests.router.decoding import Model, random_tokens
-from tests.router.mini_cluster import Client, MiniCluster, wait_for
+from tests.router.mini_cluster import MiniCluster, wait_for
 
 # a compute thread that "dies" ends with SystemExit
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -33,13 +33,6 @@ def cluster(tmp_path, checkpoint, request):
     c = MiniCluster(tmp_path, checkpoint, **getattr(request, "param", ONE_OF_EIGHT))
     yield c
     c.close()
-
-
-@pytest.fixture
-def client(cluster):
-    c = Client(cluster.address)
-    yield c
-    c.socket.close()
 
 
 class LessExperts(LocalExperts):

@@ -6,7 +6,6 @@ import torch
 from router import prompt_logprobs
 from tests import tiny
 from tests.router.decoding import Model, random_tokens
-from tests.router.mini_cluster import Client, MiniCluster
 
 TOP = 3
 SHORT, LONG = random_tokens(9, seed=1), random_tokens(1100, seed=2)  # the long one has two blocks of the KV cache
@@ -22,20 +21,6 @@ def expected(checkpoint):
     """float64 [prompt, vocabulary]: row i says how likely each token is after i + 1 of them."""
     model = Model.open(checkpoint)
     return lambda prompt: torch.log_softmax(model.prefill(prompt, [0, 1, 2]).double(), 1)
-
-
-@pytest.fixture
-def cluster(tmp_path, checkpoint, request):
-    c = MiniCluster(tmp_path, checkpoint, **getattr(request, "param", {}))
-    yield c
-    c.close()
-
-
-@pytest.fixture
-def client(cluster):
-    c = Client(cluster.address)
-    yield c
-    c.socket.close()
 
 
 def check(client, name, prompt, rows):
