@@ -36,6 +36,15 @@ WIDE_MXFP4 = {
 }
 """By tile height."""
 NARROW_DOWN = Tiling(128, 128, 4, 5, 16)
+RING = (
+    (3, RingTiling(8, 64, 4, 4)),
+    (6, RingTiling(16, 128, 4, 4)),
+    (17, RingTiling(24, 128, 3, 4)),
+    (24, RingTiling(32, 128, 4, 3)),
+)
+"""For weights that `gluon_mxfp4_tiles` admits, up to so many rows per expert on average."""
+RING_ONE_WAVE = RingTiling(8, 64, 5, 3)
+"""Where all of gate/up is one wave: more loads under way."""
 MULTIPROCESSORS = 132  # of an H100 and an H200
 
 
@@ -46,16 +55,12 @@ def choose_quantized_tiling(
 
     wide: whether `gluon_quantized_gemm` admits the weights; ring: whether `gluon_mxfp4_tiles` does.
     """
-    mean = pairs / num_experts
-    if wide and mean > (10 if mxfp4 else 32):
-        return _choose_wide_mxfp4(pairs, num_experts, hidden) if mxfp4 else WIDE_FP8
-    block_m = 16 if mean <= 10 else 32 if mean <= 20 else 64
-    # With less than two down programs for each multiprocessor these are better spread by a launch of their own: in one
-    # with gate/up they start where those happen to end, several to a multiprocessor.
-    down_columns = min(pairs, num_experts) * hidden
-    one_launch = mean <= 20 and down_columns > 1 << 15
     if mxfp4:
-        return _choose_mxfp4(mean, block_m, hidden, down_columns, one_launch, ring)
+        return _choose_mxfp4(pairs, num_experts, hidden, wide, ring)
+    mean = pairs / num_experts
+    if wide and mean > 32:
+        return WIDE_FP8
+    block_m, one_launch = _small_block_m(mean), _one_launch(pairs, num_experts, hidden)
     if mean > 20:
         return SmallTiling(block_m, Cut(64, 128, 3), Cut(64, 128, 3), one_launch=False)
     narrow = mean < 1.5  # also where only experts with pairs are counted
@@ -65,6 +70,43 @@ def choose_quantized_tiling(
         return SmallTiling(block_m, Cut(32, 128, 4) if narrow and hidden <= 4096 else Cut(64, 128, 3), Cut(128, 128, 3))
     gate_up = Cut(32, 128, 4) if narrow else Cut(64, 128, 3)
     return SmallTiling(block_m, gate_up, Cut(64, 128, 4) if pairs <= 8 else Cut(128, 128, 3), one_launch=False)
+
+
+def _small_block_m(mean: float) -> int:
+    return 16 if mean <= 10 else 32 if mean <= 20 else 64
+
+
+def _many_columns(pairs: int, num_experts: int, hidden: int) -> bool:
+    """Whether down has two programs or more for each multiprocessor.
+
+    Fewer are better spread by a launch of their own: in one with gate/up they start where those happen to end, several
+    to a multiprocessor.
+    """
+    return min(pairs, num_experts) * hidden > 1 << 15
+
+
+def _one_launch(pairs: int, num_experts: int, hidden: int) -> bool:
+    return pairs <= 20 * num_experts and _many_columns(pairs, num_experts, hidden)
+
+
+def _choose_mxfp4(
+    pairs: int, num_experts: int, hidden: int, wide: bool, ring: bool
+) -> SmallTiling | FFNTiling | RingTiling:
+    mean = pairs / num_experts
+    many = _many_columns(pairs, num_experts, hidden)
+    if ring and (found := _choose_ring(mean, hidden, many)):
+        return found
+    if wide and mean > 10:
+        return _choose_wide_mxfp4(pairs, num_experts, hidden)
+    return _choose_small_mxfp4(pairs, num_experts, hidden)
+
+
+def _choose_ring(mean: float, hidden: int, many: bool) -> RingTiling | None:
+    if not many:
+        return RING[0][1] if 1.5 <= mean <= 4 else None
+    if mean < 0.5 and hidden > 4096:
+        return RING_ONE_WAVE
+    return next((tiling for limit, tiling in RING if mean <= limit), None)
 
 
 def _choose_wide_mxfp4(pairs: int, num_experts: int, hidden: int) -> FFNTiling:
@@ -78,22 +120,17 @@ def _choose_wide_mxfp4(pairs: int, num_experts: int, hidden: int) -> FFNTiling:
     return replace(tiling, down=NARROW_DOWN) if narrow else tiling
 
 
-def _choose_mxfp4(
-    mean: float, block_m: int, hidden: int, down_columns: int, one_launch: bool, ring: bool
-) -> SmallTiling | RingTiling:
+def _choose_small_mxfp4(pairs: int, num_experts: int, hidden: int) -> SmallTiling:
     """Caps let more programs share a multiprocessor, as one waits while another widens."""
+    mean = pairs / num_experts
+    block_m, one_launch = _small_block_m(mean), _one_launch(pairs, num_experts, hidden)
     if mean > 20:
         return SmallTiling(block_m, Cut(64, 128, 3), Cut(128, 128, 3), one_launch=False, registers=168)
-    short = hidden <= 2048 and mean > 2  # programs of few steps, several for each place
-    few = down_columns < 1 << 16  # programs: how much each has under way counts more than how many share a place
-    if ring and not short and mean <= 10 and (one_launch or 1.5 <= mean <= 3):
-        if mean > 3:
-            return RingTiling(16, 2, 64, one_launch)
-        return RingTiling(8, 3, 80, one_launch) if few else RingTiling(8, 2, 64, one_launch)
-    if mean < 1.5 and few:
+    if mean < 1.5 and min(pairs, num_experts) * hidden < 1 << 16:  # few: how much each has under way counts more
         return SmallTiling(block_m, Cut(32, 256, 3), Cut(64, 256, 3), one_launch=one_launch)
     if not one_launch:
         return SmallTiling(block_m, Cut(64, 128, 3), Cut(128, 256, 3), one_launch=False)
+    short = hidden <= 2048 and mean > 2  # programs of few steps, several for each place
     return SmallTiling(block_m, Cut(64, 128, 3), Cut(128, 128, 3), registers=80 if short else None)
 
 
@@ -120,6 +157,7 @@ class QuantizedExperts:
         self._wide: bool = gluon_quantized_gemm is not None and gluon_quantized_gemm.admits(w13, w2)
         self._ring: bool = gluon_mxfp4_tiles is not None and gluon_mxfp4_tiles.admits(w13, w2)
         data = w13.data
+        self._claims = torch.zeros(2, dtype=torch.int32, device=data.device)
         self._sms = torch.cuda.get_device_properties(data.device).multi_processor_count if data.is_cuda else 1
         self._grouper = PairGrouper(experts, data.device)
         self._small_tiles = SmallTiles(w13, w2, biases, limit)
@@ -164,7 +202,8 @@ class QuantizedExperts:
             return
         if isinstance(tiling, RingTiling):
             gluon_mxfp4_tiles.ffn(
-                x, self.w13, self.w2, self._biases, self._limit, activations, out, grouping, tiling
+                x, self.w13, self.w2, self._biases, self._limit, activations, out, grouping, self._claims, self._sms,
+                tiling,
             )  # fmt: skip
             return
         bias13, bias2 = self._biases or (None, None)

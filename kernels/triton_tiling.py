@@ -44,17 +44,22 @@ class FFNTiling:
 
 @dataclass(frozen=True)
 class RingTiling:
-    """Tile height in rows, 8 or 16, and how `gluon_mxfp4_tiles` runs: slots of its ring and registers of a thread on
-    average, which say how many programs share a multiprocessor; one launch or one for each product.
+    """Tile height in rows, a multiple of 8, and how `gluon_mxfp4_tiles` runs: weight rows of an item, 64 or 128, slots
+    of the ring of a program, and programs that share a multiprocessor.
 
     group_m: tiles of an expert that share a weight block before the next one.
     """
 
     block_m: int
+    block: int
     stages: int
-    registers: int
-    one_launch: bool
+    programs: int
     group_m: int = 8
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, on average: a program has 256, of which 96 have nothing to do."""
+        return 65536 // (256 * self.programs) // 8 * 8
 
 
 _UP_TO_6 = SmallTiling(16, Cut(64, 128, 3), Cut(64, 128, 5))

@@ -12,25 +12,30 @@ import triton
 from kernels import gluon_mxfp4_tiles
 from kernels.quantized_weight import pack_mxfp4
 from kernels.triton_grouping import COUNTER_FIELD, PairGrouper
-from kernels.triton_quantized_ffn import QuantizedExperts, choose_quantized_tiling
+from kernels.triton_quantized_ffn import RING, RING_ONE_WAVE, QuantizedExperts, choose_quantized_tiling
 from kernels.triton_small_tiles import Cut, SmallTiling
 from kernels.triton_tiling import RingTiling
 from tests.kernels.compiled import run_compiled
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-TILINGS = [RingTiling(8, 2, 64, True), RingTiling(16, 2, 64, True), RingTiling(8, 3, 80, False)]
+TILINGS = [*(tiling for _, tiling in RING), RING_ONE_WAVE]
 
 
 def test_who_gets_it() -> None:
-    """qwen 8 rows, dsv3 8, 64 and 256, mixtral 8; not qwen 1, 64 and 256, mixtral 1 and 64, dsv3 384, nor fp8."""
-    cells = [(64, 128, 2048), (7, 32, 7168), (62, 32, 7168), (265, 32, 7168), (16, 8, 4096)]
-    got = [choose_quantized_tiling(pairs, experts, True, hidden, ring=True) for pairs, experts, hidden in cells]
-    deep = RingTiling(8, 3, 80, True)
-    assert got == [TILINGS[0], deep, TILINGS[0], TILINGS[1], TILINGS[2]]
-    cells = [(8, 128, 2048), (512, 128, 2048), (2048, 128, 2048), (2, 8, 4096), (128, 8, 4096), (384, 32, 7168)]
-    got = [choose_quantized_tiling(pairs, experts, True, hidden, ring=True) for pairs, experts, hidden in cells]
+    """qwen 8 to 384 rows, dsv3 8 to 512, mixtral 8 and 16; not qwen 1 and 512, mixtral 1, 32 and 64, nor fp8."""
+    cells = [(64, 128, 2048), (384, 128, 2048), (62, 32, 7168), (16, 8, 4096), (32, 8, 4096), (512, 128, 2048)]
+    cells += [(265, 32, 7168), (2048, 128, 2048), (512, 32, 7168), (3072, 128, 2048)]
+    got = [_choose(*cell) for cell in cells]
+    assert got == [TILINGS[i] for i in (0, 0, 0, 0, 0, 1, 2, 2, 2, 3)]
+    assert _choose(7, 32, 7168) == RING_ONE_WAVE
+    cells = [(8, 128, 2048), (4096, 128, 2048), (2, 8, 4096), (64, 8, 4096), (128, 8, 4096)]
+    got = [_choose(*cell) for cell in cells]
     got += [choose_quantized_tiling(64, 128, False, 2048, ring=True), choose_quantized_tiling(64, 128, True, 2048)]
-    assert all(isinstance(tiling, SmallTiling) for tiling in got)
+    assert not any(isinstance(tiling, RingTiling) for tiling in got)
+
+
+def _choose(pairs: int, experts: int, hidden: int) -> object:
+    return choose_quantized_tiling(pairs, experts, True, hidden, wide=True, ring=True)
 
 
 @pytest.mark.parametrize(
@@ -54,29 +59,33 @@ def test_where_it_can_run(monkeypatch: pytest.MonkeyPatch, changed: dict, admitt
 
 COMPILE = """
 from kernels.gluon_mxfp4_tiles import WORDS, mxfp4_kernel as kernel
+from kernels.triton_quantized_ffn import RING, RING_ONE_WAVE
 from tests.kernels.compiled import compile_gluon, disassembled
 
-for BLOCK_M, STAGES, registers, BIAS in ((8, 2, 64, False), (16, 2, 64, True), (8, 3, 80, True)):
+for BIAS, tiling in enumerate((RING_ONE_WAVE, *(tiling for _, tiling in RING))):
     types = dict.fromkeys(("x_ptr", "bias13_ptr", "bias2_ptr", "act_ptr", "out_ptr"), "*bf16")
-    types |= dict.fromkeys(("rows_ptr", "order_ptr", "tiles_ptr", "num_tiles_ptr", "scales13", "scales2"), "*i32")
-    types |= dict.fromkeys(("x_stride", "out_stride"), "i32")
-    types |= {f"{w}_desc": f"tensordesc<i32[{rows}, 16],{WORDS.value!r}>" for w, rows in (("w13", 64), ("w2", 128))}
-    chosen = {"HIDDEN": 2048, "INTERMEDIATE": 768, "GATE_UP": True, "DOWN": True, "BLOCK_M": BLOCK_M}
-    chosen |= {"STAGES": STAGES, "GROUP_M": 8, "BIAS": BIAS, "LIMIT": 7.0 if BIAS else 0.0, "OUT_AT": False}
-    compiled = compile_gluon(kernel, types, chosen, maxnreg=registers)
+    pointers = ("rows_ptr", "order_ptr", "tiles_ptr", "num_tiles_ptr", "claims_ptr", "scales13", "scales2")
+    types |= dict.fromkeys(pointers, "*i32") | dict.fromkeys(("x_stride", "out_stride", "sms"), "i32")
+    boxes = {"w13": tiling.block // 2, "w2": tiling.block}
+    types |= {f"{w}_desc": f"tensordesc<i32[{rows}, 16],{WORDS.value!r}>" for w, rows in boxes.items()}
+    chosen = {"HIDDEN": 2048, "INTERMEDIATE": 768, "BLOCK": tiling.block, "HEIGHTS": tiling.block_m // 8}
+    chosen |= {"STAGES": tiling.stages, "GROUP_M": 8, "BIAS": bool(BIAS), "LIMIT": 7.0 * BIAS, "OUT_AT": False}
+    compiled = compile_gluon(kernel, types, chosen, maxnreg=tiling.registers)
     usage, sass = (disassembled(compiled, option) for option in ("-res-usage", "-sass"))
-    programs = 65536 // (256 * registers)
-    print((compiled.metadata.shared + 1024) * programs <= 228 * 1024, "STACK:0 " in usage,
-          "shfl.sync.bfly" in compiled.asm["ptx"], sass.count("HMUL2") // (BLOCK_M // 8), sass.count("HMMA"))
+    spilt = int(usage.split("STACK:")[1].split()[0])
+    print((compiled.metadata.shared + 1024) * tiling.programs <= 228 * 1024, spilt <= 24, sass.count("HMUL2"),
+          sass.count("HMMA"))
 """
 
 
 def test_it_compiles_without_a_gpu_and_its_programs_fit_a_multiprocessor() -> None:
-    """Nor is anything spilt, nor does a word travel between threads; a step's 256 weights of a thread take 128
-    multiplications in each loop, two loops for each height."""
-    lines = run_compiled(COMPILE).splitlines()
-    assert [line.split()[:4] for line in lines] == [["True", "True", "False", "256"]] * 3
-    assert [int(line.split()[4]) for line in lines] == [64, 64 + 128, 64]
+    """Nor are more than six words of a thread spilt. For each height there are two loops, in each of whose steps a
+    thread multiplies 128 weights by scales, two at a time, and takes part in 16 products for each 8 rows."""
+    lines = [line.split() for line in run_compiled(COMPILE).splitlines()]
+    assert [line[:2] for line in lines] == [["True", "True"]] * 5
+    heights = [1, 1, 2, 3, 4]
+    assert [int(line[2]) for line in lines] == [128 * height for height in heights]
+    assert [int(line[3]) for line in lines] == [2 * 16 * sum(range(height + 1)) for height in heights]
 
 
 if HOPPER:
@@ -116,3 +125,4 @@ if HOPPER:
                 experts.ffn(x, grouping, activations, target, tiling)
                 assert torch.equal(out.view(torch.int16), wanted.view(torch.int16)), tiling
                 assert not grouping.tiles[: int(grouping.num_tiles), COUNTER_FIELD.value].any()
+                assert not experts._claims.any()
