@@ -12,9 +12,11 @@ A tile takes the time of the next of a few heights (`heights`): there is a loop 
 `gluon_grouped_gemm`.
 
 The bits are those of `triton_quantized_gemm`. fp8: each 128 of K has an accumulator of its own, 16 at a time upwards,
-which one fused multiply-add per element scales and adds. MXFP4: one accumulator runs over K, which leaves registers for
-a second block of 64 weight rows in each group, whose words are widened under the products of the first. The functions
-after it are the same.
+which one fused multiply-add per element scales and adds. MXFP4: one accumulator runs over K. The functions after it are
+the same.
+
+A group has two blocks of 64 weight rows, so that rows are loaded half as often as for one, or in a narrow down one.
+MXFP4's second block is widened under the products of the first; fp8's follows it, for the registers.
 """
 
 from __future__ import annotations
@@ -65,21 +67,24 @@ def admits(w13: QuantizedWeight, w2: QuantizedWeight) -> bool:
 
 
 @gluon.constexpr_function
-def heights(mxfp4, block_m):
+def heights(mxfp4, blocks, block_m):
     """For how many rows there are loops: two numbers, whose products are apart, since Triton's sizes are powers of two.
 
-    The second one may be 0.
+    The second one may be 0. blocks: of 64 weight rows, of a consumer.
     """
     every = (16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32), (128, 0)
-    return tuple(height for height in every if sum(height) <= block_m and (mxfp4 or sum(height) % 32 == 0))
+    left_out = [] if mxfp4 else [16, 48] if blocks == 2 else [16, 48, 80]
+    return tuple(height for height in every if sum(height) <= block_m and sum(height) not in left_out)
 
 
 @gluon.constexpr_function
-def registers(blocks, gate_up):
+def registers(blocks, gate_up, mxfp4):
     """Of a thread of the second consumer and of the producer; the first consumer gets what is left."""
     if blocks == 1:
         return [216, 56]
-    return [224, 56] if gate_up else [240, 24]
+    if not gate_up:
+        return [240, 24]
+    return [224, 56] if mxfp4 else [232, 40]
 
 
 @gluon.constexpr_function
@@ -315,48 +320,78 @@ def _store(
 
 
 @gluon.jit
+def _start_fp8_block(
+    words, b, slot, BLOCK: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, GATE_UP: gl.constexpr
+):  # fmt: skip
+    """Widen 64 weight rows of a slot, fp8, and start their products with the tile's first rows, and with the REST."""
+    w0, w1 = _widened(words, words, BLOCK, False, GATE_UP)
+    product = _start_product(w0, w1, b, slot, _zeros(FIRST), 0, False)
+    rest = _zeros(REST if REST else 16)
+    if REST:
+        rest = _start_product(w0, w1, b, slot, rest, FIRST, False)
+    return product, rest
+
+
+@gluon.jit
+def _add_block(acc, rest_acc, product, rest, scale, up_scale, REST: gl.constexpr, GATE_UP: gl.constexpr):
+    acc = _add_scaled(acc, product, scale, up_scale, GATE_UP)
+    if REST:
+        rest_acc = _add_scaled(rest_acc, rest, scale, up_scale, GATE_UP)
+    return acc, rest_acc
+
+
+@gluon.jit
 def _fp8_item(
     slot, parity, scale, up_scale, scale_ptr, next_scale_ptr, to_up, steps,
     column, expert, start, rows, columns, bias_ptr, out_ptr, out_stride, target_ptr, a, b, full, empty,
-    FIRST: gl.constexpr, REST: gl.constexpr,
+    FIRST: gl.constexpr, REST: gl.constexpr, BLOCKS: gl.constexpr,
     CONSUMER: gl.constexpr, GATE_UP: gl.constexpr, BIAS: gl.constexpr, LIMIT: gl.constexpr,
 ):  # fmt: skip
-    """An item whose tile has up to FIRST + REST rows. scale and up_scale: of its first step.
+    """An item whose tile has up to FIRST + REST rows, of one or two BLOCKS of weight rows, one after the other.
 
-    Returns slot and parity after it and the scales of the next item.
+    scale and up_scale: of its first step. Returns slot and parity after it and the scales of the next item.
     """
+    SOME: gl.constexpr = REST if REST else 16  # without a REST, what has that size is not used
+    WIDTH: gl.constexpr = 32 if GATE_UP else 64
     acc = _zeros(FIRST)
-    if REST:
-        rest_acc = _zeros(REST)
+    rest_acc = _zeros(SOME)
+    second = _zeros(FIRST)
+    second_rest = _zeros(SOME)
     for step in range(steps):
         mbarrier.wait(full.index(slot), parity)
         if GATE_UP:
             fence_async_shared()  # wgmma does not see by itself what cp.async wrote
-        w0, w1 = _widened(a.index(slot), a, CONSUMER, False, GATE_UP)
-        product = _start_product(w0, w1, b, slot, _zeros(FIRST), 0, False)
-        if REST:
-            rest = _start_product(w0, w1, b, slot, _zeros(REST), FIRST, False)
-        next_ptr = gl.where(step + 1 < steps, scale_ptr + step + 1, next_scale_ptr)
-        next_scale = gl.load(next_ptr)
-        next_up_scale = gl.load(next_ptr + to_up) if GATE_UP else next_scale
-        if REST:
-            product, rest = warpgroup_mma_wait(0, deps=[product, rest])
-        else:
-            product = warpgroup_mma_wait(0, deps=[product])
-        mbarrier.arrive(empty.index(slot))
-        acc = _add_scaled(acc, product, scale, up_scale, GATE_UP)
-        if REST:
-            rest_acc = _add_scaled(rest_acc, rest, scale, up_scale, GATE_UP)
+        for block in gl.static_range(BLOCKS):
+            product, rest = _start_fp8_block(a.index(slot), b, slot, BLOCKS * CONSUMER + block, FIRST, REST, GATE_UP)
+            if block == 0:
+                next_ptr = gl.where(step + 1 < steps, scale_ptr + step + 1, next_scale_ptr)
+                next_scale = gl.load(next_ptr)
+                next_up_scale = gl.load(next_ptr + to_up) if GATE_UP else next_scale
+            if REST:
+                product, rest = warpgroup_mma_wait(0, deps=[product, rest])
+            else:
+                product = warpgroup_mma_wait(0, deps=[product])
+            if block == BLOCKS - 1:
+                mbarrier.arrive(empty.index(slot))
+            if block == 0:
+                acc, rest_acc = _add_block(acc, rest_acc, product, rest, scale, up_scale, REST, GATE_UP)
+            else:
+                second, second_rest = _add_block(second, second_rest, product, rest, scale, up_scale, REST, GATE_UP)
         scale = next_scale
         up_scale = next_up_scale
         slot, parity = advance(slot, parity, 1, a.shape[0])
-    target = _targets(start, rows, target_ptr, 0, FIRST, GATE_UP)
-    _store(acc, 0, column, expert, target, rows, columns, bias_ptr, out_ptr, out_stride, GATE_UP, BIAS, LIMIT)
-    if REST:
-        target = _targets(start, rows, target_ptr, FIRST, REST, GATE_UP)
+    for block in gl.static_range(BLOCKS):
+        target = _targets(start, rows, target_ptr, 0, FIRST, GATE_UP)
         _store(
-            rest_acc, FIRST, column, expert, target, rows, columns, bias_ptr, out_ptr, out_stride, GATE_UP, BIAS, LIMIT
-        )
+            second if block else acc, 0, column + block * WIDTH, expert, target, rows, columns,
+            bias_ptr, out_ptr, out_stride, GATE_UP, BIAS, LIMIT,
+        )  # fmt: skip
+        if REST:
+            target = _targets(start, rows, target_ptr, FIRST, REST, GATE_UP)
+            _store(
+                second_rest if block else rest_acc, FIRST, column + block * WIDTH, expert, target, rows, columns,
+                bias_ptr, out_ptr, out_stride, GATE_UP, BIAS, LIMIT,
+            )  # fmt: skip
     return slot, parity, scale, up_scale
 
 
@@ -434,7 +469,8 @@ def _multiply(
 ):  # fmt: skip
     """Consumer 0 or 1: the first or the second half of each item's columns."""
     PARTS: gl.constexpr = 2 if GATE_UP else 1
-    HEIGHTS: gl.constexpr = heights(MXFP4, b.shape[1])
+    BLOCKS: gl.constexpr = PARTS * BLOCK_N // 128
+    HEIGHTS: gl.constexpr = heights(MXFP4, BLOCKS, b.shape[1])
     if OUT_AT:
         out_ptr = gl.multiple_of(gl.load(out_ptr).to(gl.pointer_type(gl.bfloat16)), 16)
     n_blocks = columns // BLOCK_N
@@ -444,9 +480,10 @@ def _multiply(
     slot = 0
     parity = 0
     expert, start, rows, block_n = locate(begin, total, tiles_ptr, n_blocks, GROUP_M)
+    column = block_n * BLOCK_N + CONSUMER * (BLOCK_N // 2)
     if not MXFP4:
         to_up = columns // 128 * steps
-        of_item = scale_ptr + (expert * PARTS * (columns // 128) + block_n * BLOCK_N // 128) * steps
+        of_item = scale_ptr + (expert * PARTS * (columns // 128) + column // 128) * steps
         scale = gl.load(of_item)
         up_scale = gl.load(of_item + to_up) if GATE_UP else scale
     for index in range(begin, total, gl.num_programs(0)):
@@ -454,9 +491,9 @@ def _multiply(
         next_expert, next_start, next_rows, next_block_n = locate(
             index + gl.num_programs(0), total, tiles_ptr, n_blocks, GROUP_M
         )  # fmt: skip
-        column = block_n * BLOCK_N + CONSUMER * (BLOCK_N // 2)
+        next_column = next_block_n * BLOCK_N + CONSUMER * (BLOCK_N // 2)
         if not MXFP4:
-            of_next = scale_ptr + (next_expert * PARTS * (columns // 128) + next_block_n * BLOCK_N // 128) * steps
+            of_next = scale_ptr + (next_expert * PARTS * (columns // 128) + next_column // 128) * steps
         lower = 0
         for height in gl.static_range(len(HEIGHTS)):
             if (rows > lower) & (rows <= HEIGHTS[height][0] + HEIGHTS[height][1]):
@@ -464,16 +501,16 @@ def _multiply(
                     slot, parity = _mxfp4_item(
                         slot, parity, steps, column, expert, start, rows, columns,
                         bias_ptr, out_ptr, out_stride, target_ptr, a, scales, b, full, empty,
-                        HEIGHTS[height][0], HEIGHTS[height][1], PARTS * BLOCK_N // 128, CONSUMER, GATE_UP, BIAS, LIMIT,
+                        HEIGHTS[height][0], HEIGHTS[height][1], BLOCKS, CONSUMER, GATE_UP, BIAS, LIMIT,
                     )  # fmt: skip
                 else:
                     slot, parity, scale, up_scale = _fp8_item(
                         slot, parity, scale, up_scale, of_item, of_next, to_up, steps, column, expert, start, rows,
                         columns, bias_ptr, out_ptr, out_stride, target_ptr, a, b, full, empty,
-                        HEIGHTS[height][0], HEIGHTS[height][1], CONSUMER, GATE_UP, BIAS, LIMIT,
+                        HEIGHTS[height][0], HEIGHTS[height][1], BLOCKS, CONSUMER, GATE_UP, BIAS, LIMIT,
                     )  # fmt: skip
             lower = HEIGHTS[height][0] + HEIGHTS[height][1]
-        expert, start, rows, block_n = next_expert, next_start, next_rows, next_block_n
+        expert, start, rows, column = next_expert, next_start, next_rows, next_column
         if not MXFP4:
             of_item = of_next
 
@@ -492,7 +529,7 @@ def quantized_kernel(
     """
     LOAD_WARPS: gl.constexpr = 4 if GATE_UP else 1  # to gather takes more than to start a TMA
     ROWS: gl.constexpr = 2 * BLOCK_N if GATE_UP else BLOCK_N
-    REGISTERS: gl.constexpr = registers(ROWS // 128, GATE_UP)
+    REGISTERS: gl.constexpr = registers(ROWS // 128, GATE_UP, MXFP4)
     a = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS // 2 if MXFP4 else ROWS, 32], WORDS)
     if MXFP4:
         scales = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], SCALES)

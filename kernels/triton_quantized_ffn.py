@@ -28,14 +28,18 @@ try:
 except ImportError:  # a Triton without Gluon for Hopper
     gluon_mxfp4_tiles = gluon_quantized_gemm = None
 
-# For weights that `gluon_quantized_gemm` admits; only stages, group_m and with MXFP4 down's block_n are a choice.
-WIDE_FP8 = FFNTiling(128, Tiling(64, 128, 4, 4, 16), Tiling(128, 128, 4, 4, 16))
+# For weights that `gluon_quantized_gemm` admits; only stages, group_m and down's block_n are a choice.
+WIDE_FP8 = {
+    block_m: FFNTiling(block_m, Tiling(128, 128, 4, stages, 16), Tiling(256, 128, 4, stages, 16))
+    for block_m, stages in ((64, 4), (128, 3))
+}
 WIDE_MXFP4 = {
     block_m: FFNTiling(block_m, Tiling(128, 128, 4, stages, 16), Tiling(256, 128, 4, stages, 16))
     for block_m, stages in ((32, 8), (64, 6), (128, 4))
 }
 """By tile height."""
-NARROW_DOWN = Tiling(128, 128, 4, 5, 16)
+NARROW_FP8_DOWN = Tiling(128, 128, 4, 4, 16)
+NARROW_MXFP4_DOWN = Tiling(128, 128, 4, 5, 16)
 RING = (
     (3, RingTiling(8, 64, 4, 4)),
     (6, RingTiling(16, 128, 4, 4)),
@@ -58,8 +62,8 @@ def choose_quantized_tiling(
     if mxfp4:
         return _choose_mxfp4(pairs, num_experts, hidden, wide, ring)
     mean = pairs / num_experts
-    if wide and mean > 32:
-        return WIDE_FP8
+    if wide and mean > 20:
+        return _choose_wide_fp8(mean, hidden)
     block_m, one_launch = _small_block_m(mean), _one_launch(pairs, num_experts, hidden)
     if mean > 20:
         return SmallTiling(block_m, Cut(64, 128, 3), Cut(64, 128, 3), one_launch=False)
@@ -109,6 +113,12 @@ def _choose_ring(mean: float, hidden: int, many: bool) -> RingTiling | None:
     return next((tiling for limit, tiling in RING if mean <= limit), None)
 
 
+def _choose_wide_fp8(mean: float, hidden: int) -> FFNTiling:
+    tiling = WIDE_FP8[64 if mean <= 48 else 128]
+    # With tiles of 128 rows a wide block of down is no faster, and its last round of items is emptier.
+    return replace(tiling, down=NARROW_FP8_DOWN) if mean > 96 or hidden % 256 else tiling
+
+
 def _choose_wide_mxfp4(pairs: int, num_experts: int, hidden: int) -> FFNTiling:
     mean = pairs / num_experts
     if mean <= 52:
@@ -117,7 +127,7 @@ def _choose_wide_mxfp4(pairs: int, num_experts: int, hidden: int) -> FFNTiling:
     items = (pairs / 128 + num_experts / 2) * hidden / 256
     narrow = 0.55 * math.ceil(2 * items / MULTIPROCESSORS) < math.ceil(items / MULTIPROCESSORS)
     tiling = WIDE_MXFP4[128]
-    return replace(tiling, down=NARROW_DOWN) if narrow else tiling
+    return replace(tiling, down=NARROW_MXFP4_DOWN) if narrow else tiling
 
 
 def _choose_small_mxfp4(pairs: int, num_experts: int, hidden: int) -> SmallTiling:

@@ -15,7 +15,8 @@ from kernels import gluon_quantized_gemm
 from kernels.quantized_weight import QuantizedWeight, pack_fp8, pack_mxfp4
 from kernels.triton_grouping import TILE_FIELDS, Grouping
 from kernels.triton_quantized_ffn import (
-    NARROW_DOWN,
+    NARROW_FP8_DOWN,
+    NARROW_MXFP4_DOWN,
     WIDE_FP8,
     WIDE_MXFP4,
     QuantizedExperts,
@@ -30,7 +31,8 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 
 @pytest.mark.parametrize(
     ("mxfp4", "rows", "chosen"),
-    [(False, 32, None), (False, 33, WIDE_FP8), (False, 4096, WIDE_FP8),
+    [(False, 20, None), (False, 21, WIDE_FP8[64]), (False, 48, WIDE_FP8[64]), (False, 49, WIDE_FP8[128]),
+     (False, 96, WIDE_FP8[128]), (False, 97, replace(WIDE_FP8[128], down=NARROW_FP8_DOWN)),
      (True, 10, None), (True, 11, WIDE_MXFP4[32]), (True, 24, WIDE_MXFP4[32]), (True, 25, WIDE_MXFP4[64]),
      (True, 52, WIDE_MXFP4[64]), (True, 53, WIDE_MXFP4[128]), (True, 1024, WIDE_MXFP4[128])],
 )  # fmt: skip
@@ -40,12 +42,19 @@ def test_many_rows_per_expert_get_it_where_it_can_run(mxfp4: bool, rows: int, ch
     assert isinstance(choose_quantized_tiling(128 * rows, 128, mxfp4, 2048), SmallTiling)
 
 
+def test_fp8_whose_hidden_size_has_no_blocks_of_256() -> None:
+    for rows in (21, 64, 300):
+        tiling = choose_quantized_tiling(rows, 1, False, 640, wide=True)
+        assert isinstance(tiling, FFNTiling)
+        assert tiling.down == NARROW_FP8_DOWN
+
+
 @pytest.mark.parametrize(("rows", "narrow"), [(64, False), (256, True), (4096, False)])
 def test_where_blocks_of_256_would_leave_the_last_round_empty_they_are_narrow(rows: int, narrow: bool) -> None:
     """8 experts, hidden 4096: 128, 320 and 4160 items, for 132 multiprocessors."""
     tiling = choose_quantized_tiling(8 * rows, 8, True, 4096, wide=True)
     assert isinstance(tiling, FFNTiling)
-    assert (tiling.down == NARROW_DOWN) == narrow
+    assert (tiling.down == NARROW_MXFP4_DOWN) == narrow
 
 
 @pytest.mark.parametrize("mxfp4", [False, True])
@@ -97,15 +106,17 @@ print(type(QuantizedExperts(w13, w2).choose_tiling(500)).__name__)
 
 COMPILE = """
 from kernels.gluon_quantized_gemm import BOX, HALF, SHARED, WORDS, heights, quantized_kernel as kernel
-from kernels.triton_quantized_ffn import NARROW_DOWN, WIDE_FP8, WIDE_MXFP4
+from kernels.triton_quantized_ffn import NARROW_FP8_DOWN, NARROW_MXFP4_DOWN, WIDE_FP8, WIDE_MXFP4
 from tests.kernels.compiled import compile_gluon, disassembled
 
-LARGE = WIDE_MXFP4[128]
+LARGE, FP8 = WIDE_MXFP4[128], WIDE_FP8[128]
 for MXFP4, BLOCK_M, cut, GATE_UP, BIAS, LIMIT, OUT_AT in (
-    (False, 128, WIDE_FP8.gate_up, True, False, 0.0, False), (False, 128, WIDE_FP8.gate_up, True, True, 7.0, False),
-    (False, 128, WIDE_FP8.down, False, True, 0.0, True),
+    (False, 128, FP8.gate_up, True, False, 0.0, False), (False, 128, FP8.gate_up, True, True, 7.0, False),
+    (False, 128, FP8.down, False, True, 0.0, True), (False, 64, WIDE_FP8[64].gate_up, True, False, 0.0, False),
+    (False, 128, NARROW_FP8_DOWN, False, False, 0.0, False),
     (True, 128, LARGE.gate_up, True, True, 7.0, False), (True, 128, LARGE.down, False, True, 0.0, True),
-    (True, 128, NARROW_DOWN, False, False, 0.0, False), (True, 32, WIDE_MXFP4[32].gate_up, True, False, 0.0, False),
+    (True, 128, NARROW_MXFP4_DOWN, False, False, 0.0, False),
+    (True, 32, WIDE_MXFP4[32].gate_up, True, False, 0.0, False),
 ):
     types = dict.fromkeys(("x", "bias_ptr", "out_ptr"), "*bf16")
     types |= dict.fromkeys(("index_ptr", "tiles_ptr", "num_tiles_ptr"), "*i32")
@@ -121,26 +132,27 @@ for MXFP4, BLOCK_M, cut, GATE_UP, BIAS, LIMIT, OUT_AT in (
     compiled = compile_gluon(kernel, types, chosen)
     usage, sass = (disassembled(compiled, option) for option in ("-res-usage", "-sass"))
     ptx = compiled.asm["ptx"]
-    loops = heights(MXFP4, BLOCK_M)
     blocks = cut.block_n * (2 if GATE_UP else 1) // 128  # of 64 weight rows, of a consumer
-    words = 16 * 2 if not MXFP4 else 8 * 4 * blocks  # of a thread, and multiplications for each
+    loops = heights(MXFP4, blocks, BLOCK_M)
+    words = blocks * (8 * 4 if MXFP4 else 16 * 2)  # of a thread, and multiplications for each
     print(compiled.metadata.shared, int(usage.split("STACK:")[1].split()[0]), "st.global.v4" in ptx,
           "shfl.sync.bfly" in ptx, sass.count("HMUL2") == 2 * len(loops) * words,
           sass.count("HGMMA") == 2 * 8 * blocks * sum(1 + (rest > 0) for _, rest in loops),
-          sass.count("WARPGROUP.DEPBAR") == 2 * len(loops))
+          sass.count("WARPGROUP.DEPBAR") == 2 * len(loops) * (1 if MXFP4 else blocks))
 """
 
 
 def test_it_compiles_without_a_gpu_and_keeps_its_accumulators_in_registers() -> None:
-    """Nor does a word travel between threads. Weights are widened once for all rows, a step's products waited for once.
+    """Nor does a word travel between threads. Weights are widened once for all rows; a step's products are waited for
+    once, fp8's once for each block.
 
-    Two registers of an item are not kept there.
+    Some registers of an item are not kept there, of 128 rows by two blocks of fp8 up to 16.
     """
     lines = run_compiled(COMPILE).splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 9
     for shared, stack, wide_stores, shuffles, *counts in (line.split() for line in lines):
         assert int(shared) <= 227 * 1024
-        assert int(stack) <= 8
+        assert int(stack) <= 64
         assert (wide_stores, shuffles) == ("True", "False")
         assert counts == ["True"] * 3
 
@@ -149,7 +161,9 @@ if HOPPER:
     COUNTS = [0, 1, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64, 65, 80, 81, 95, 96, 97, 127, 128, 129, 200, 0, 300]
     SMALL = choose_quantized_tiling(64, 1, False, 2048)
     TILINGS = {
-        "fp8": (False, WIDE_FP8), "mxfp4, narrow": (True, replace(WIDE_MXFP4[128], down=NARROW_DOWN)),
+        "fp8, narrow": (False, replace(WIDE_FP8[128], down=NARROW_FP8_DOWN)),
+        "mxfp4, narrow": (True, replace(WIDE_MXFP4[128], down=NARROW_MXFP4_DOWN)),
+        **{f"fp8, {block_m} rows": (False, tiling) for block_m, tiling in WIDE_FP8.items()},
         **{f"mxfp4, {block_m} rows": (True, tiling) for block_m, tiling in WIDE_MXFP4.items()},
     }  # fmt: skip
     every_tiling = pytest.mark.parametrize(("mxfp4", "tiling"), TILINGS.values(), ids=TILINGS)
@@ -203,7 +217,9 @@ if HOPPER:
         assert_same_bits(experts, normal(333, hidden), tiling)
 
     def test_fp8_needs_no_more_than_128_columns() -> None:
-        assert_same_bits(layer(False, 640, 128), normal(333, 640), WIDE_FP8)
+        for tiling in WIDE_FP8.values():
+            narrow = replace(tiling, down=NARROW_FP8_DOWN)
+            assert_same_bits(layer(False, 640, 128), normal(333, 640), narrow)
 
     @every_tiling
     def test_rows_that_are_not_aligned(mxfp4: bool, tiling: FFNTiling) -> None:
