@@ -29,7 +29,7 @@ from typing import NoReturn
 import msgpack
 from setproctitle import setproctitle
 
-from moering.process import LAUNCHER_FD, die_with_launcher
+from moering.process import LAUNCHER_FD, die_with_launcher, share_cores
 
 PRELOADED = "torch"
 DESCRIPTORS = 3
@@ -52,6 +52,7 @@ def encode_request(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
 def main() -> None:
     """Serve until the launcher's end of the socket is closed. In each forked process: run what was asked for."""
     die_with_launcher()
+    share_cores()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would keep us from waiting for a child
     control = socket.socket(fileno=os.dup(0))
     try:

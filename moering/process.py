@@ -57,6 +57,7 @@ def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Se
     where it has one, protects all zmq sockets.
     """
     watch_launcher()
+    share_cores()
     prog = f"moering {kind}"
     before, threading.excepthook = threading.excepthook, _end_with_thread
     try:
@@ -71,6 +72,14 @@ def run_main(kind: str, config_class: type[C], run: Callable[[C], int], argv: Se
         return 128 + signal.SIGINT
     finally:
         threading.excepthook = before
+
+
+def share_cores() -> None:
+    """Have OpenMP's threads sleep while they have nothing to do; to be called before anything loads it.
+
+    By default they spin for a while first, on cores that other processes of the machine need.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _use_key(path: str) -> None:
