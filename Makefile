@@ -11,7 +11,8 @@ SEEDS ?= 0:10000
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
-# The stamps hold the set-up back until pyproject.toml changes, so that a warm start does not run pip at all.
+# The stamps hold the set-up back until these change, so that a warm start does not run pip at all.
+SET_UP := pyproject.toml $(wildcard kernels/csrc/*)
 SERVE_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
@@ -60,7 +61,7 @@ bench-kernels: $(DEV_STAMP) ## expert kernels, one by one
 	$(BIN)/python -m bench.kernels $(ARGS)
 
 clean: ## remove the environment and all caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -68,13 +69,15 @@ $(BIN)/python:
 	    { echo "moering needs Python 3.11 or later; choose one with: make PYTHON=python3.12 …" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(SERVE_STAMP): pyproject.toml .ci/install-torch | $(BIN)/python
+$(SERVE_STAMP): $(SET_UP) .ci/install-torch | $(BIN)/python
 	@.ci/install-torch $(BIN)/python
 	@echo "Installing moering and its dependencies ..."
 	@$(PIP) -e .
+	@$(BIN)/python -c 'from kernels.native_linear import available; raise SystemExit(not available())' || \
+	    echo "No C compiler, or another processor than x86-64 with AVX2: computing with PyTorch's operators, which is slower."
 	@touch $@
 
-$(DEV_STAMP): pyproject.toml | $(SERVE_STAMP)
+$(DEV_STAMP): $(SET_UP) | $(SERVE_STAMP)
 	@echo "Installing the tools for tests ..."
 	@$(PIP) -e '.[dev]'
 	@touch $@

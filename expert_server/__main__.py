@@ -214,7 +214,8 @@ class ExpertServer:
 
     def _capacity(self) -> int:
         """Experts that fit; known once the backend is there, as a GPU may have less room than was asked for."""
-        return self._backend.capacity or self.config.capacity or default_capacity(self.checkpoint.packed_expert_bytes)
+        known = self._backend.capacity or self.config.capacity
+        return known or default_capacity(self.checkpoint.packed_expert_bytes(self._backend.row_multiple))
 
     def _lease(self) -> Lease:
         view = self.view

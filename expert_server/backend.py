@@ -30,6 +30,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def row_multiple(self) -> int:
+        """In memory a row of a weight is filled up to a multiple of so many values."""
+        ...
+
+    @property
     def dtype(self) -> str:
         """What it computes in, so that rows of this type lose nothing: a name of `moering.expert_frames.ITEM_BYTES`."""
         ...

@@ -10,7 +10,7 @@ import torch
 from expert_server.memory import release_free_memory
 from expert_server.standby import NoReplicas
 from kernels.expert_ffn import ExpertFFN, grouped_expert_ffn, numerics_fingerprint
-from kernels.linear import Backend
+from kernels.linear import Backend, row_multiple
 from kernels.tensors import as_packable
 from moering.checkpoint import ExpertWeights
 from moering.protocol import MAX_TENSOR_BYTES
@@ -25,7 +25,7 @@ class CpuBackend:
     """Experts on the CPU."""
 
     def __init__(self, arithmetic: Backend, threads: int) -> None:
-        """`arithmetic`: auto, packed or portable (see `kernels.linear`)."""
+        """`arithmetic`: see `kernels.linear`."""
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self._arithmetic = arithmetic
@@ -42,6 +42,11 @@ class CpuBackend:
     def capacity(self) -> int:
         """No limit but the process's memory."""
         return 0
+
+    @property
+    def row_multiple(self) -> int:
+        """See `kernels.linear.row_multiple`."""
+        return row_multiple(self._arithmetic)
 
     @property
     def dtype(self) -> str:

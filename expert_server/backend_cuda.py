@@ -83,6 +83,11 @@ class CudaBackend:
         return self._slots.capacity
 
     @property
+    def row_multiple(self) -> int:
+        """None is filled up."""
+        return 1
+
+    @property
     def dtype(self) -> str:
         """Of rows and results."""
         return "bfloat16"

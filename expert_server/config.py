@@ -27,7 +27,7 @@ class Config:
     device: str = option("cpu", "where experts are held and computed", choices=("cpu", "cuda"))
     capacity: int = option(0, "experts that fit in memory; 0: what fits in 80 % of the memory that is free at start")
     host_replicas: int = option(0, "further experts in pinned host memory, ready for the GPU (with --device cuda)")
-    backend: str = option("auto", "CPU arithmetic", choices=("auto", "packed", "portable"))
+    backend: str = option("auto", "CPU arithmetic", choices=("auto", "native", "packed", "portable"))
     credit_rows: int = option(4096, "rows that one router may have outstanding here")
     load_threads: int = option(1, "experts read and hashed at once while loading; more than 1 needs cores to spare")
     load_share: float = option(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from kernels.linear import Backend, PackedLinear
+from kernels.native_linear import expert_ffn as native_ffn
 from kernels.threads import one_thread
 
 PROBE_ROWS = (1, 2, 5, 64)
@@ -25,9 +27,15 @@ class ExpertFFN:
         self._w13 = PackedLinear(torch.cat((gate, up)), backend)
         self._w2 = PackedLinear(down, backend)
         self.nbytes = self._w13.nbytes + self._w2.nbytes
+        gate_up, native_down = self._w13.native, self._w2.native
+        self._native: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if gate_up and native_down:
+            self._native = functools.partial(native_ffn, gate_up, native_down)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] float32 → [n, hidden] float32."""
+        """Contiguous [n, hidden] float32 → [n, hidden] float32."""
+        if self._native is not None:
+            return self._native(x)
         both = self._w13(x)
         gate, up = both.narrow(1, 0, self._inter), both.narrow(1, self._inter, self._inter)
         # silu's bits depend on where its vector loop ends. As a slice the gate's rows are walked one by one, each with

@@ -24,8 +24,6 @@ __all__ = ["Checkpoint", "ExpertWeights", "RawTensor"]
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
-PACKED_COLUMNS = 512
-"""A row of a weight that a CPU computes with (`kernels.linear`) takes the memory of a multiple of so many values."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,10 @@ class _Weight:
     def nbytes(self) -> int:
         return self.tensor.nbytes + (self.scale.nbytes if self.scale else 0)
 
-    @property
-    def packed_nbytes(self) -> int:
-        """Of what a CPU computes with: fp8 becomes fp16, and rows are filled up to whole blocks."""
+    def packed_nbytes(self, row_multiple: int) -> int:
+        """See `Checkpoint.packed_expert_bytes`."""
         columns = self.tensor.shape[-1]
-        nbytes = self.tensor.nbytes // columns * -(-columns // PACKED_COLUMNS) * PACKED_COLUMNS
+        nbytes = self.tensor.nbytes // columns * -(-columns // row_multiple) * row_multiple
         return 2 * nbytes if self.scale else nbytes
 
     def read(self) -> RawTensor:
@@ -108,8 +105,12 @@ class Checkpoint:
         self.digest = hasher.hexdigest()
         experts = self._experts.values()
         self.expert_bytes = max(sum(part.nbytes for part in parts) for parts in experts)
-        self.packed_expert_bytes = max(sum(part.packed_nbytes for part in parts) for parts in experts)
         self.expert_dtypes = {part.tensor.dtype for parts in experts for part in parts}
+
+    def packed_expert_bytes(self, row_multiple: int) -> int:
+        """Of the largest expert as a CPU computes with it: fp8 becomes fp16, and each weight's rows are filled up to a
+        multiple of so many values."""
+        return max(sum(part.packed_nbytes(row_multiple) for part in parts) for parts in self._experts.values())
 
     def close(self) -> None:
         """Close the shards."""

@@ -13,14 +13,19 @@ from router.attention_plan import AttentionPlan, DecodeCall, KeyView, PrefillCal
 from router.model_config import MoEModelConfig
 
 
-def rotary_table(config: MoEModelConfig, max_positions: int) -> torch.Tensor:
-    """complex64 [max_positions, head_dim / 2]: what each pair of a head is multiplied by at each position.
+def angles(config: MoEModelConfig, max_positions: int) -> torch.Tensor:
+    """float64 [max_positions, head_dim / 2]: by what each pair of a head is turned at each position.
 
-    Angles in fp32 as in the reference; sine and cosine go through fp64, so that their bits depend on the angle alone.
+    Computed in fp32 as in the reference; as fp64, so that the bits of sine and cosine depend on the angle alone.
     """
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-    angles = torch.arange(max_positions).float()[:, None] * (1.0 / config.rope_theta**exponents)
-    return torch.complex(angles.double().cos().float(), angles.double().sin().float())
+    return (torch.arange(max_positions).float()[:, None] * (1.0 / config.rope_theta**exponents)).double()
+
+
+def rotary_table(config: MoEModelConfig, max_positions: int) -> torch.Tensor:
+    """complex64 [max_positions, head_dim / 2]: what each pair of a head is multiplied by at each position."""
+    turns = angles(config, max_positions)
+    return torch.complex(turns.cos().float(), turns.sin().float())
 
 
 def pair_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:

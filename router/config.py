@@ -23,7 +23,7 @@ class Config:
     zone: str = option("", "failure domain")
     threads: int = option(2, "threads of a product of many rows")
     device: str = option("cpu", "where attention is computed and the KV cache lies", choices=("cpu", "cuda"))
-    backend: str = option("auto", "CPU arithmetic", choices=("auto", "packed", "portable"))
+    backend: str = option("auto", "CPU arithmetic", choices=("auto", "native", "packed", "portable"))
     max_num_seqs: int = option(64, "sequences that run at once")
     max_num_batched_tokens: int = option(256, "rows of one step")
     max_model_len: int = option(0, "tokens of one sequence; 0: what the checkpoint allows")

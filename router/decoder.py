@@ -8,17 +8,19 @@ threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from kernels.expert_ffn import numerics_fingerprint
 from kernels.linear import Backend, PackedLinear
 from kernels.rms_norm import RMSNorm, new_stream
 from kernels.tensors import as_packable
 from moering.checkpoint import Checkpoint
 from moering.errors import CheckpointError
 from router.attention import Attention, rotary_table
-from router.attention_plan import SequenceChunk, plan_attention
+from router.attention_plan import AttentionPlan, SequenceChunk, plan_attention
 from router.gate import Gate
 from router.kv_cache import KVCache
 from router.micro_batch import MicroBatch
@@ -41,17 +43,25 @@ class Launched(Protocol):
         ...
 
 
+@dataclass(eq=False, kw_only=True)
+class PlannedMicroBatch(MicroBatch):
+    """With what attention needs; `residual` has the columns of `kernels.rms_norm.new_stream`."""
+
+    attention: AttentionPlan
+    rotation: torch.Tensor  # complex64 [n, 1, head_dim / 2]
+
+
 class _Layer:
     """The weights of one layer outside its experts."""
 
     def __init__(self, checkpoint: Checkpoint, config: MoEModelConfig, index: int, backend: Backend) -> None:
         prefix, eps = f"model.layers.{index}", config.rms_norm_eps
         names = ATTENTION_WEIGHTS + (HEAD_NORMS if config.head_norms else ())
-        weights = {name: _load(checkpoint, f"{prefix}.self_attn.{name}.weight") for name in names}
+        weights = {name: load(checkpoint, f"{prefix}.self_attn.{name}.weight") for name in names}
         self.attention = Attention(config, weights, backend)
-        self.attention_norm = RMSNorm(_load(checkpoint, f"{prefix}.input_layernorm.weight"), eps)
-        self.experts_norm = RMSNorm(_load(checkpoint, f"{prefix}.post_attention_layernorm.weight"), eps)
-        self.gate = Gate(_load(checkpoint, checkpoint.gate_name(index)), config, backend)
+        self.attention_norm = RMSNorm(load(checkpoint, f"{prefix}.input_layernorm.weight"), eps)
+        self.experts_norm = RMSNorm(load(checkpoint, f"{prefix}.post_attention_layernorm.weight"), eps)
+        self.gate = Gate(load(checkpoint, checkpoint.gate_name(index)), config, backend)
 
 
 class Decoder:
@@ -63,24 +73,16 @@ class Decoder:
     def __init__(self, checkpoint: Checkpoint, kv_cache: KVCache, backend: Backend = "auto") -> None:
         """Read the weights outside the experts; raise `CheckpointError` for an unsupported configuration."""
         self.config = config = MoEModelConfig.from_checkpoint(checkpoint)
+        self.numerics = f"pytorch {numerics_fingerprint(backend)}"
         self._cache = kv_cache
-        self._embeddings = _load(checkpoint, "model.embed_tokens.weight")
+        self._embeddings = load(checkpoint, "model.embed_tokens.weight")
         self._layers = [_Layer(checkpoint, config, index, backend) for index in range(config.num_layers)]
-        self._final_norm = RMSNorm(_load(checkpoint, "model.norm.weight"), config.rms_norm_eps)
-        self._head = PackedLinear(self._head_weight(checkpoint), backend)
+        self._final_norm = RMSNorm(load(checkpoint, "model.norm.weight"), config.rms_norm_eps)
+        self._head = PackedLinear(head_weight(checkpoint, config, self._embeddings), backend)
         capacity = kv_cache.num_blocks * kv_cache.block_size
         self._rotary = rotary_table(config, min(config.max_positions, capacity))
 
-    def _head_weight(self, checkpoint: Checkpoint) -> torch.Tensor:
-        """The embeddings where the checkpoint ties and stores none; a stored head counts, as in transformers."""
-        if self.config.tied_embeddings and HEAD not in checkpoint.names():
-            return self._embeddings
-        head = _load(checkpoint, HEAD)
-        if head.shape != self._embeddings.shape:
-            raise CheckpointError(f"{checkpoint.path}: tensor {HEAD} has shape {list(head.shape)}")
-        return head
-
-    def start(self, token_ids: list[int], chunks: Sequence[SequenceChunk]) -> MicroBatch:
+    def start(self, token_ids: list[int], chunks: Sequence[SequenceChunk]) -> PlannedMicroBatch:
         """A micro-batch before its first layer. `token_ids` are those of all chunks, one chunk after the other."""
         config, rows = self.config, len(token_ids)
         positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + c.length)])
@@ -88,7 +90,7 @@ class Decoder:
             raise ValueError(f"{rows} tokens do not match chunks of {[c.length for c in chunks]}")
         ids = torch.tensor(token_ids)
         embedded = self._embeddings.index_select(0, ids).float()
-        return MicroBatch(
+        return PlannedMicroBatch(
             token_ids=ids,
             positions=positions,
             chunks=list(chunks),
@@ -101,12 +103,12 @@ class Decoder:
             topk_weights=torch.empty(rows, config.top_k),
         )
 
-    def launch(self, mb: MicroBatch) -> Launched | None:
+    def launch(self, mb: PlannedMicroBatch) -> Launched | None:
         """`until_experts`; on a CPU nothing is under way after it."""
         self.until_experts(mb)
         return None
 
-    def until_experts(self, mb: MicroBatch) -> None:
+    def until_experts(self, mb: PlannedMicroBatch) -> None:
         """Attention and gate of layer `mb.layer`: fills `expert_input`, `topk_ids` and `topk_weights`."""
         layer, cache = self._layers[mb.layer], self._cache.layers[mb.layer]
         normed = layer.attention_norm.of_stream(mb.residual, out=mb.expert_input)
@@ -115,19 +117,30 @@ class Decoder:
         layer.experts_norm.of_stream(mb.residual, out=mb.expert_input)
         layer.gate(mb.expert_input, mb.topk_ids, mb.topk_weights)
 
-    def after_experts(self, mb: MicroBatch) -> None:
+    def after_experts(self, mb: PlannedMicroBatch) -> None:
         """Add the weighted expert outputs to the residual stream, in top-k order, and go to the next layer."""
         stream = mb.residual.narrow(1, 0, self.config.hidden_size)
         for j in range(self.config.top_k):
             stream.addcmul_(mb.expert_output.select(1, j), mb.topk_weights.narrow(1, j, 1))
         mb.layer += 1
 
-    def logits(self, mb: MicroBatch, rows: list[int]) -> torch.Tensor:
+    def logits(self, mb: PlannedMicroBatch, rows: list[int]) -> torch.Tensor:
         """Logits [len(rows), vocab] float32 of the given rows, after the last layer."""
         chosen = mb.residual.index_select(0, torch.tensor(rows))
         normed = torch.empty(len(rows), self.config.hidden_size)
         return self._head(self._final_norm.of_stream(chosen, out=normed))
 
 
-def _load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def head_weight(checkpoint: Checkpoint, config: MoEModelConfig, embeddings: torch.Tensor) -> torch.Tensor:
+    """The embeddings where the checkpoint ties and stores none; a stored head counts, as in transformers."""
+    if config.tied_embeddings and HEAD not in checkpoint.names():
+        return embeddings
+    head = load(checkpoint, HEAD)
+    if head.shape != embeddings.shape:
+        raise CheckpointError(f"{checkpoint.path}: tensor {HEAD} has shape {list(head.shape)}")
+    return head
+
+
+def load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor as it is stored, or as fp16 where it is quantised."""
     return as_packable(checkpoint.tensor(name))

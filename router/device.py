@@ -35,13 +35,26 @@ def build_parts(config: Config, checkpoint: Checkpoint, decoder_class: type | No
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda: PyTorch finds no GPU")
         return cuda_parts(config, checkpoint, decoder_class)
-    from router.decoder import Decoder
     from router.kv_cache import KVCache
     from router.sampler import Sampler
 
     cache = KVCache(*_shape(checkpoint), _num_blocks(config, checkpoint, KVCache))
-    decoder = (decoder_class or Decoder)(checkpoint, cache, config.backend)
+    decoder = (decoder_class or cpu_decoder)(checkpoint, cache, config.backend)
     return Parts(decoder, Sampler(), cache.num_blocks, cache.block_size, cache.copy_block)
+
+
+def cpu_decoder(checkpoint: Checkpoint, cache: Any, backend: Any = "auto") -> Any:
+    """The decoder of `router.decoder_native` where that backend is there and can compute such heads, else PyTorch's."""
+    from kernels.linear import resolve_backend
+    from kernels.native_decoder import supported
+    from router import decoder, decoder_native
+
+    model = MoEModelConfig.from_checkpoint(checkpoint)
+    if resolve_backend(backend) == "native" and supported(
+        model.num_heads, model.num_kv_heads, model.head_dim, cache.block_size
+    ):
+        return decoder_native.Decoder(checkpoint, cache)
+    return decoder.Decoder(checkpoint, cache, backend)
 
 
 def cuda_parts(config: Config, checkpoint: Checkpoint, decoder_class: type | None, device: str = "cuda") -> Parts:

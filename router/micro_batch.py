@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from router.attention_plan import AttentionPlan, SequenceChunk
+from router.attention_plan import SequenceChunk
 from router.expert_rows import HostRows
 
 __all__ = ["MicroBatch", "SequenceChunk"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class MicroBatch:
     """Rows of several sequences on their way through the layers, n rows in the order of `chunks`.
 
@@ -23,14 +23,12 @@ class MicroBatch:
     token_ids: torch.Tensor  # int64 [n]
     positions: torch.Tensor  # int64 [n]
     chunks: list[SequenceChunk]
-    attention: AttentionPlan
-    rotation: torch.Tensor  # complex64 [n, 1, head_dim / 2]
-    residual: torch.Tensor  # float32 [n, hidden and more]: rows of kernels.rms_norm.new_stream
+    residual: torch.Tensor  # float32 [n, hidden]; of `router.decoder` with more columns
     expert_input: torch.Tensor  # float32 [n, hidden]
     expert_output: torch.Tensor  # float32 [n, k, hidden]
     topk_ids: torch.Tensor  # int64 [n, k]
     topk_weights: torch.Tensor  # float32 [n, k]
-    layer: int = field(default=0)
+    layer: int = 0
 
     @property
     def rows(self) -> int:
@@ -46,4 +44,4 @@ class MicroBatch:
         """Become these rows (int64) of `whole`, at the same point of the same layer."""
         self.layer = whole.layer
         for name in ("residual", "expert_input", "expert_output", "topk_ids", "topk_weights"):
-            setattr(self, name, getattr(whole, name).index_select(0, rows))
+            torch.index_select(getattr(whole, name), 0, rows, out=getattr(self, name))

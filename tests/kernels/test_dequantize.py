@@ -41,6 +41,5 @@ def test_weights_beyond_fp16_stay_as_they_are() -> None:
         widened = dequantize(codes, scale)
         assert to_fp16(widened) is widened
         linear = PackedLinear(to_fp16(widened))
-        assert linear.backend == "portable"
         assert torch.equal(linear(torch.ones(1, 4)), widened.sum(1)[None])
     assert to_fp16(dequantize(codes, largest * 0.999)).dtype == torch.float16

@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.expert_ffn import ExpertFFN, grouped_expert_ffn, numerics_fingerprint
-from kernels.linear import resolve_backend
-
-BACKENDS = sorted({"portable", resolve_backend("auto")})
+from tests.backends import BACKENDS
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from kernels.linear import MAX_PACK_ERROR, PackedLinear, resolve_backend, rounded_to_fp16
+from kernels.linear import MAX_PACK_ERROR, PackedLinear, rounded_to_fp16
+from tests.backends import BACKENDS
 
 ROWS = 300
 SHAPES = [(576, 576), (960, 576), (576, 1536), (256, 2048), (8, 576), (40, 24)]  # out, in
-BACKENDS = sorted({"portable", resolve_backend("auto")})
 
 
 @pytest.fixture(autouse=True)
@@ -51,34 +51,29 @@ def test_the_product_is_exact_in_the_weights(backend, dtype):
     assert (PackedLinear(weight, backend)(x).double() - expected).abs().max() < 2e-6
 
 
-def test_only_weights_that_fp16_holds_are_packed():
-    exact, here = weight_of(16, 16), resolve_backend("auto")
-    assert PackedLinear(exact).backend == here
-    assert PackedLinear(exact.float()).backend == here
-    assert PackedLinear(exact.bfloat16()).backend == here
-    assert PackedLinear(exact.float() + 1e-6).backend == "portable"
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_weights_that_fp16_holds_are_kept_as_fp16(backend):
+    exact = weight_of(64, 16)
+    halved = 4 if backend == "portable" else 2
+    for weight in (exact, exact.float(), exact.bfloat16()):
+        assert PackedLinear(weight, backend).nbytes == halved * weight.numel()
+    assert PackedLinear(exact.float() + 1e-6, backend).nbytes == 4 * exact.numel()
 
 
-def test_weights_beyond_fp16_are_never_packed():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_beyond_fp16_are_kept_as_they_are(backend):
     too_large = torch.full((4, 4), 1e5, dtype=torch.bfloat16)
-    linear = PackedLinear(too_large)
-    assert linear.backend == "portable"
+    linear = PackedLinear(too_large, backend)
     assert torch.equal(linear(torch.ones(1, 4)), torch.full((1, 4), 4 * float(too_large[0, 0])))
 
 
 def test_rounding_to_fp16_has_a_bound():
     on_grid = torch.tensor([[1.0]])
-    assert torch.equal(rounded_to_fp16(on_grid), on_grid)
+    assert torch.equal(rounded_to_fp16(on_grid).float(), on_grid)
     near = torch.tensor([[1e-5 + MAX_PACK_ERROR / 1024]])
-    assert torch.equal(rounded_to_fp16(near), near.half().float())
+    assert torch.equal(rounded_to_fp16(near), near.half())
     assert rounded_to_fp16(on_grid + 4 * MAX_PACK_ERROR) is None
     assert rounded_to_fp16(torch.tensor([[float("nan")]], dtype=torch.float16)) is None
-
-
-def test_sizes_are_reported():
-    weight = weight_of(32, 16)
-    assert PackedLinear(weight, "portable").nbytes == 4 * weight.numel()
-    assert PackedLinear(weight).nbytes == (2 if resolve_backend("auto") == "packed" else 4) * weight.numel()
 
 
 def test_an_unknown_backend_is_refused():

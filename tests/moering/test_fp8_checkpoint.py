@@ -49,7 +49,8 @@ def test_an_expert_comes_with_its_scales(tmp_path: Path, scale_dtype: torch.dtyp
     assert weights.digest == digest.digest()[:8]
     size = 3 * (160 * 136 + 4 * scale_dtype.itemsize)
     assert checkpoint.bytes_read == checkpoint.expert_bytes == size
-    assert checkpoint.packed_expert_bytes == 2 * (2 * 136 + 160) * 512  # what a CPU holds
+    assert checkpoint.packed_expert_bytes(512) == 2 * (2 * 136 + 160) * 512  # what a CPU holds
+    assert checkpoint.packed_expert_bytes(1) == 2 * 3 * 136 * 160
     assert checkpoint.expert_dtypes == {"F8_E4M3"}
 
 

@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kernels.linear import Backend
 from moering.checkpoint import Checkpoint
 from router.attention_plan import SequenceChunk
-from router.decoder import Decoder
+from router.device import cpu_decoder
 from router.kv_cache import KVCache
 from tests.local_experts import LocalExperts
 
 
 @dataclass
 class Model:
-    decoder: Decoder
+    decoder: Any
     experts: LocalExperts
 
     @classmethod
@@ -23,7 +24,7 @@ class Model:
         checkpoint = Checkpoint(path)
         layout = checkpoint.layout
         cache = KVCache(layout.num_layers, layout.num_kv_heads, layout.head_dim, num_blocks)
-        return cls(Decoder(checkpoint, cache, backend), LocalExperts(checkpoint, backend))
+        return cls(cpu_decoder(checkpoint, cache, backend), LocalExperts(checkpoint, backend))
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[tuple[list[int], SequenceChunk]]) -> list[torch.Tensor]:

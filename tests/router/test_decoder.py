@@ -6,15 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernels.linear import resolve_backend
 from moering.checkpoint import Checkpoint
 from router.attention_plan import SequenceChunk
 from router.decoder import Decoder
 from router.kv_cache import KVCache
+from tests.backends import BACKENDS
 from tests.router.decoding import Model, random_tokens
 from tests.tiny import write_checkpoint
 
-BACKENDS = sorted({"portable", resolve_backend("auto")})
 VARIANTS = {
     "mixtral": dict(family="mixtral"),
     "mixtral-fused": dict(family="mixtral", fused=True, dtype="BF16"),
@@ -22,6 +21,7 @@ VARIANTS = {
     "mixtral-one-head": dict(family="mixtral", heads=1, kv_heads=1, head_dim=16, experts=4),
     "mixtral-tied": dict(family="mixtral", shards=1, config={"tie_word_embeddings": True, "rope_theta": 1e6}),
     "qwen3": dict(family="qwen3_moe", heads=8, kv_heads=1, top_k=4),
+    "qwen3-wide": dict(family="qwen3_moe", heads=6, kv_heads=2, head_dim=80),
     "qwen3-fused": dict(family="qwen3_moe", fused=True),
     "qwen3-unnormalized": dict(family="qwen3_moe", config={"norm_topk_prob": False}),
 }

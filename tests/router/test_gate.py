@@ -1,13 +1,11 @@
 import pytest
 import torch
 
-from kernels.linear import resolve_backend
 from moering.checkpoint import Checkpoint
 from router.gate import Gate
 from router.model_config import MoEModelConfig
+from tests.backends import BACKENDS
 from tests.tiny import write_checkpoint
-
-BACKENDS = sorted({"portable", resolve_backend("auto")})
 
 
 def config_of(tmp_path, **options) -> MoEModelConfig:
