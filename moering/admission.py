@@ -1,14 +1,14 @@
 """What a process must show to become a member: pure checks of its `Register`.
 
-All members serve one checkpoint, and all expert servers compute the same bits. The first of each kind sets the
-reference; whoever differs is refused with both values named.
+All members serve one checkpoint; all expert servers compute the same bits, and so do all routers, since a stream may go
+on at any of them. The first of each kind sets the reference; whoever differs is refused with both values named.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moering import protocol
 from moering.errors import HandshakeError, ProtocolError
@@ -25,14 +25,13 @@ MAX_EXPERTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What members are compared with: the checkpoint of the first that reads one, the numerics of the first server."""
+    """What members are compared with: the checkpoint of the first that reads one, the numerics of each kind's first."""
 
     model: str
     digest: str
     layers: int
     experts: int
-    fingerprint: str = ""
-    set_by: str = ""  # server id of whoever set the fingerprint
+    numerics: dict[str, tuple[str, str]] = field(default_factory=dict)  # by kind: fingerprint, whose it is
 
 
 def check_fields(register: Register) -> None:
@@ -79,10 +78,11 @@ class Admission:
                 f"another checkpoint: the cluster serves {reference.model} ({_shape(reference)}), {member.server_id} "
                 f"has {register.model} ({_shape(register)})"
             )
-        if member.kind == "expert-server" and reference.fingerprint not in ("", register.fingerprint):
+        fingerprint, set_by = reference.numerics.get(member.kind, (register.fingerprint, ""))
+        if fingerprint != register.fingerprint:
             differ = (
-                f"other numerics: {reference.set_by} has the fingerprint {reference.fingerprint}, {member.server_id} "
-                f"{register.fingerprint}; their replicas would not give the same bits"
+                f"other numerics: {set_by} has the fingerprint {fingerprint}, {member.server_id} "
+                f"{register.fingerprint}; they would not give the same bits"
             )
             if not self._allow_inexact:
                 raise HandshakeError(differ + " (--allow-inexact permits it)")
@@ -94,16 +94,16 @@ class Admission:
             return False
         before, standing = self.reference, self._standing(others)
         self.reference = standing or Reference(register.model, register.digest, register.layers, register.experts)
-        if register.member.kind == "expert-server" and not self.reference.fingerprint:
-            own = register.fingerprint, register.member.server_id
-            self.reference = replace(self.reference, fingerprint=own[0], set_by=own[1])
+        if register.member.kind not in self.reference.numerics:
+            own = {register.member.kind: (register.fingerprint, register.member.server_id)}
+            self.reference = replace(self.reference, numerics=self.reference.numerics | own)
         return before is None or _model(before) != _model(self.reference)
 
     def _standing(self, others: Iterable[MemberInfo]) -> Reference | None:
         kinds = {m.kind for m in others}
         if self.reference is None or not kinds & {"router", "expert-server"}:
             return None
-        return self.reference if "expert-server" in kinds else replace(self.reference, fingerprint="")
+        return replace(self.reference, numerics={k: v for k, v in self.reference.numerics.items() if k in kinds})
 
 
 def _model(reference: Reference) -> tuple[str, int, int]:

@@ -54,7 +54,7 @@ class Config:
     membership: str = option(EMBEDDED, MEMBERSHIP_HELP)
     election_ttl_s: int = option(3, "with etcd: a coordinator silent for so long is replaced; etcd's least is 2")
     settle_s: float = option(15.0, "longest wait for --expert-servers, from the first one on")
-    allow_inexact: bool = option(False, "admit expert servers whose results differ in the last bits")
+    allow_inexact: bool = option(False, "admit expert servers and routers whose results differ in the last bits")
     rebalance_s: float = option(60.0, "look so often whether experts' popularity calls for moves; 0: never")
     key: str = option("", KEY_HELP)
     insecure: bool = option(False, "allow --bind on an address that other machines reach without a key")

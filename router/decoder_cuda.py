@@ -70,6 +70,7 @@ class Decoder:
         """
         self.config = config = MoEModelConfig.from_checkpoint(checkpoint)
         self.device = torch.device(device)
+        self.numerics = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "interpreted"
         self._cache, self._graph_rows = kv_cache, graph_rows
         load = _Loader(checkpoint, self.device)
         length = min(max_model_len, config.max_positions, kv_cache.num_blocks * kv_cache.block_size)

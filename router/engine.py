@@ -92,6 +92,12 @@ class Engine:
         self._wakeup.set()
 
     @property
+    def numerics(self) -> str:
+        """Equal in routers at which a stream may go on with equal bits."""
+        numerics: str = self._decoder.numerics
+        return numerics
+
+    @property
     def queued(self) -> int:
         """Requests that run or wait."""
         return len(self._scheduler.waiting) + len(self._scheduler.running)

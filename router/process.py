@@ -76,7 +76,7 @@ class Router:
         self.lease.start()
         gc.collect()
         gc.freeze()  # the weights' objects need no more visits
-        logger.info("online at %s", self.address)
+        logger.info("online at %s, numerics %s", self.address, self.engine.numerics)
         self.engine.run()
         self.lease.close(Leave(self.id, self.incarnation))
         if self._refusal is not None:
@@ -86,7 +86,7 @@ class Router:
     def _register(self) -> Register:
         c = self.checkpoint
         member = replace(self._identity, state=self.state)
-        return Register(member, self.model, c.digest, c.num_layers, c.num_experts, "", b"", None)
+        return Register(member, self.model, c.digest, c.num_layers, c.num_experts, self.engine.numerics, b"", None)
 
     def _lease(self) -> Lease:
         engine, view = self.engine, self.engine.view

@@ -92,7 +92,7 @@ class Register:
     digest: str
     layers: int  # shape of the model's MoE, 0 where the member does not read the checkpoint (gateway)
     experts: int
-    fingerprint: str  # numerics probe of an expert server, "" for others
+    fingerprint: str  # numerics probe of an expert server or a router, "" for others
     held: bytes
     view: bytes | None
     expert_bytes: int = 0  # of one expert in the checkpoint

@@ -86,7 +86,7 @@ class Member:
             self.capacity if server else 0, len(self.held),
         )  # fmt: skip
         view = None if self.view is None else protocol.encode(self.view)
-        fingerprint = self.fingerprint if server else ""
+        fingerprint = "" if self.kind == "gateway" else self.fingerprint
         return Register(
             info, "m", "" if self.kind == "gateway" else self.digest, *shape, fingerprint, pack(self.held), view
         )

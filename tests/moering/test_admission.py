@@ -45,14 +45,25 @@ def test_another_shape_is_refused() -> None:
     assert f"{LAYERS} layers" in answer.message.reason and f"{LAYERS + 1} layers" in answer.message.reason
 
 
-def test_other_numerics_are_refused_unless_allowed() -> None:
+@pytest.mark.parametrize("kind", ["expert-server", "router"])
+def test_other_numerics_are_refused_unless_allowed(kind: str) -> None:
     c = running(3)
-    reason = refused(c, Member("expert-server", "x", fingerprint="other", state="JOINING"))
+    reason = refused(c, Member(kind, "x", fingerprint="other", state="JOINING"))
     assert "fingerprint f" in reason and "other" in reason
     c = running(3, allow_inexact=True)
-    c.add(Member("expert-server", "x", fingerprint="other", state="JOINING"))
+    c.add(Member(kind, "x", fingerprint="other", state="JOINING"))
     c.run(2)
-    assert c.states()["x"] == "ONLINE"
+    assert "x" in c.states()
+
+
+def test_numerics_are_compared_within_a_kind_and_with_those_who_are_here() -> None:
+    c = running(3)
+    c.kill("r0")
+    c.run(1)
+    c.add(Member("router", "r1", fingerprint="a router's"))
+    c.run(1)
+    assert c.states()["r1"] == "ONLINE"
+    assert "r1 has the fingerprint a router's" in refused(c, Member("router", "x", fingerprint="f"))
 
 
 def test_when_all_are_gone_another_model_may_come() -> None:
