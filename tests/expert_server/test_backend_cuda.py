@@ -107,6 +107,8 @@ def test_rows_in_bf16_give_the_bits_that_float32_frames_carry(backend, checkpoin
 def test_a_call_returns_when_the_gpu_has_done_with_its_rows(backend, checkpoint, monkeypatch, dtype):
     """The answer is sent then, and the slot that held the rows is used again."""
     loaded, waits, current = [backend.load(checkpoint.expert(0, 0))], [], torch.cuda.current_stream
+    x, out = (np.zeros((1, checkpoint.hidden_size), dtype) for _ in range(2))
+    backend.compute(x, None, [1], loaded, out)  # compiled and captured, if it was not before
 
     def synchronize():
         waits.append(1)
@@ -115,7 +117,6 @@ def test_a_call_returns_when_the_gpu_has_done_with_its_rows(backend, checkpoint,
 
     monkeypatch.setattr(backend._workspace, "_cuda", True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *args: SimpleNamespace(synchronize=synchronize))
-    x, out = (np.zeros((1, checkpoint.hidden_size), dtype) for _ in range(2))
     backend.compute(x, None, [1], loaded, out)
     assert waits == [1]
 
