@@ -33,7 +33,7 @@ class ExpertFFN:
             self._native = functools.partial(native_ffn, gate_up, native_down)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Contiguous [n, hidden] float32 → [n, hidden] float32."""
+        """[n, hidden] float32 → [n, hidden] float32."""
         if self._native is not None:
             return self._native(x)
         both = self._w13(x)

@@ -49,8 +49,9 @@ class NativeLinear:
 
 
 def expert_ffn(gate_up: NativeLinear, down: NativeLinear, x: torch.Tensor) -> torch.Tensor:
-    """`down(silu(gate(x)) * up(x))`: [n, hidden] float32 → [n, hidden] float32, both contiguous."""
+    """`down(silu(gate(x)) * up(x))`: [n, hidden] float32 → [n, hidden] float32, contiguous."""
     _check(x, gate_up.weight.k)
+    x = x.contiguous()
     rows, threads = x.shape[0], torch.get_num_threads()
     out, both = torch.empty_like(x), torch.empty(rows, gate_up.weight.n)
     addresses = gate_up.address, down.address, x.data_ptr(), rows, both.data_ptr(), out.data_ptr()

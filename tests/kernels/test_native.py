@@ -106,6 +106,8 @@ def test_rows_that_are_not_neighbours_in_memory():
         with computing_with(name):
             linear = PackedLinear(weight, "native")
             assert torch.equal(linear(wide[:, 3:27]), linear(wide[:, 3:27].contiguous()))
+            expert = ExpertFFN(weight, weight, weight.T, "native")
+            assert torch.equal(expert(wide[:, 3:27]), expert(wide[:, 3:27].contiguous()))
             assert torch.equal(linear(wide[:, :24].T.contiguous().T), linear(wide[:, :24].contiguous()))
 
 
