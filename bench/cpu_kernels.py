@@ -17,7 +17,7 @@ import torch
 
 from bench.command import Figures, run_bench
 from kernels.expert_ffn import ExpertFFN
-from kernels.linear import BACKENDS, Backend, resolve_backend
+from kernels.linear import available_backends
 from moering.config import option
 
 
@@ -33,25 +33,16 @@ class Config:
     out: str = option("bench-cpu-kernels", "directory for cpu_kernels.json")
 
 
-def here() -> list[Backend]:
-    """The arithmetics that this machine has."""
-    found: list[Backend] = []
-    for name in BACKENDS:
-        try:
-            if resolve_backend(name) == name:
-                found.append(name)
-        except ValueError:
-            continue
-    return found
-
-
 @torch.inference_mode()
 async def run(config: Config) -> Figures:
     """All rows."""
     torch.set_num_threads(1)
     shape = config.intermediate, config.hidden
     weights = [[(torch.randn(shape) * 0.05).half() for _ in range(3)] for _ in range(config.experts)]
-    experts = {name: [ExpertFFN(gate, up, down.T.contiguous(), name) for gate, up, down in weights] for name in here()}
+    experts = {
+        name: [ExpertFFN(gate, up, down.T.contiguous(), name) for gate, up, down in weights]
+        for name in available_backends()
+    }
     floats = [torch.cat([w.flatten() for w in parts]).view(torch.float32) for parts in weights]
     cells = {}
     for rows in map(int, config.rows):

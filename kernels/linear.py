@@ -95,6 +95,18 @@ def resolve_backend(backend: Backend) -> Literal["native", "packed", "portable"]
     return "portable"
 
 
+def available_backends() -> list[Backend]:
+    """Those that this machine has, without "auto"."""
+    found: list[Backend] = []
+    for name in BACKENDS:
+        try:
+            if resolve_backend(name) == name:
+                found.append(name)
+        except ValueError:
+            continue
+    return found
+
+
 def row_multiple(backend: Backend) -> int:
     """A packed row of inputs takes the memory of a multiple of so many values: what is added fbgemm never reads."""
     return 512 if resolve_backend(backend) == "packed" else 1

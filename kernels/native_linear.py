@@ -35,14 +35,13 @@ class NativeLinear:
         pack(weight.data_ptr(), n, k, self._packed.data_ptr())
         self.weight = Weight(self._packed.data_ptr(), n, k, weight.dtype == torch.float32)
         self.address, self.nbytes = ctypes.addressof(self.weight), self._packed.nbytes
-        self._columns = n
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[n, in] float32 → [n, out] float32, contiguous."""
         _check(x, self.weight.k)
         if x.stride(1) != 1:
             x = x.contiguous()
-        rows, columns = x.shape[0], self._columns
+        rows, columns = x.shape[0], self.weight.n
         out, threads = torch.empty(rows, columns), torch.get_num_threads()
         _native.linear(self.address, x.data_ptr(), x.stride(0), rows, out.data_ptr(), columns, threads)
         return out

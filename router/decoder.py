@@ -85,9 +85,7 @@ class Decoder:
     def start(self, token_ids: list[int], chunks: Sequence[SequenceChunk]) -> PlannedMicroBatch:
         """A micro-batch before its first layer. `token_ids` are those of all chunks, one chunk after the other."""
         config, rows = self.config, len(token_ids)
-        positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + c.length)])
-        if rows == 0 or positions.shape[0] != rows:
-            raise ValueError(f"{rows} tokens do not match chunks of {[c.length for c in chunks]}")
+        positions = positions_of(token_ids, chunks)
         ids = torch.tensor(token_ids)
         embedded = self._embeddings.index_select(0, ids).float()
         return PlannedMicroBatch(
@@ -129,6 +127,14 @@ class Decoder:
         chosen = mb.residual.index_select(0, torch.tensor(rows))
         normed = torch.empty(len(rows), self.config.hidden_size)
         return self._head(self._final_norm.of_stream(chosen, out=normed))
+
+
+def positions_of(token_ids: list[int], chunks: Sequence[SequenceChunk]) -> torch.Tensor:
+    """int64 [n]: the position of each token, those of all chunks one after the other. `ValueError`: not as many."""
+    positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + c.length)])
+    if not token_ids or len(positions) != len(token_ids):
+        raise ValueError(f"{len(token_ids)} tokens do not match chunks of {[c.length for c in chunks]}")
+    return positions
 
 
 def head_weight(checkpoint: Checkpoint, config: MoEModelConfig, embeddings: torch.Tensor) -> torch.Tensor:

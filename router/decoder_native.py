@@ -17,7 +17,7 @@ from kernels.linear import native_linear
 from moering.checkpoint import Checkpoint
 from router.attention import angles
 from router.attention_plan import SequenceChunk
-from router.decoder import ATTENTION_WEIGHTS, HEAD_NORMS, Launched, head_weight, load
+from router.decoder import ATTENTION_WEIGHTS, HEAD_NORMS, Launched, head_weight, load, positions_of
 from router.kv_cache import KVCache
 from router.micro_batch import MicroBatch
 from router.model_config import MoEModelConfig
@@ -83,9 +83,7 @@ class Decoder:
     def start(self, token_ids: list[int], chunks: Sequence[SequenceChunk]) -> NativeMicroBatch:
         """A micro-batch before its first layer. `token_ids` are those of all chunks, one chunk after the other."""
         config, rows = self.config, len(token_ids)
-        positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + c.length)])
-        if rows == 0 or positions.shape[0] != rows:
-            raise ValueError(f"{rows} tokens do not match chunks of {[c.length for c in chunks]}")
+        positions = positions_of(token_ids, chunks)
         for c in chunks:  # nothing beyond this looks
             most, end = min(len(self._cosines), native.BLOCK * len(c.block_table)), c.start + c.length
             if end > most or not 0 <= min(c.block_table) <= max(c.block_table) < self._num_blocks:

@@ -3,22 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kernels.linear import BACKENDS as NAMES
-from kernels.linear import Backend, resolve_backend
+from kernels.linear import available_backends
 from kernels.native_linear import available
 
 if available():
     from kernels import _native
 
 
-def _is_here(name: Backend) -> bool:
-    try:
-        return resolve_backend(name) == name
-    except ValueError:
-        return False
-
-
-BACKENDS: list[Backend] = [name for name in NAMES if _is_here(name)]
+BACKENDS = available_backends()
 
 
 @contextmanager
