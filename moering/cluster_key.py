@@ -118,12 +118,22 @@ def _keep_door(handler: zmq.Socket[bytes]) -> None:
 # --- what is said of those who are refused ---
 
 
-def log_refusals(socket: Any) -> None:
-    """Log on a thread of its own whom a listening socket refuses, until it is closed or gets another monitor."""
-    address = f"inproc://refusals-{next(_numbers)}"
-    socket.monitor(address, REFUSALS | zmq.EVENT_MONITOR_STOPPED)
-    monitor = socket.context.socket(zmq.PAIR)
+def watch(socket: Any, events: int) -> zmq.Socket[bytes]:
+    """A socket that receives these events of `socket`, until that is closed or watched anew.
+
+    Not pyzmq's `get_monitor_socket`: it names the pair's address after the socket's descriptor, which a new socket may
+    have got before libzmq has let go of the old one's address (EADDRINUSE, 8 times in 20,000).
+    """
+    address = f"inproc://events-{next(_numbers)}"
+    socket.monitor(address, events)
+    monitor: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR)
     monitor.connect(address)
+    return monitor
+
+
+def log_refusals(socket: Any) -> None:
+    """Log on a thread of its own whom a listening socket refuses, until it is closed or watched anew."""
+    monitor = watch(socket, REFUSALS | zmq.EVENT_MONITOR_STOPPED)
     threading.Thread(target=_log_refusals, args=(monitor,), name="refusals", daemon=True).start()
 
 

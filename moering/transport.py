@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from moering.cluster_key import FRAME_OVERHEAD_BYTES, REFUSALS, ClusterKey, log_refusals, say_refusal
+from moering.cluster_key import FRAME_OVERHEAD_BYTES, REFUSALS, ClusterKey, log_refusals, say_refusal, watch
 from moering.errors import ConfigError
 from moering.protocol import MAX_FRAME_BYTES
 from moering.time_slice import short_slice
@@ -182,19 +182,19 @@ def watch_disconnects(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     Failed attempts to connect count as well.
     """
     lost = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED
-    return socket.get_monitor_socket(lost | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | REFUSALS)
+    return watch(socket, lost | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | REFUSALS)
 
 
 def watch_handshakes(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     """A socket that becomes readable when a handshake of the connecting `socket` fails."""
-    return socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | REFUSALS)
+    return watch(socket, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | REFUSALS)
 
 
 def watch_connections(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     """A socket to be read with `next_event` until `EVENT_MONITOR_STOPPED`: who connects to the listening `socket`, and
     whose connection ends."""
     both = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
-    return socket.get_monitor_socket(both | zmq.EVENT_MONITOR_STOPPED | REFUSALS)
+    return watch(socket, both | zmq.EVENT_MONITOR_STOPPED | REFUSALS)
 
 
 class Event(NamedTuple):

@@ -124,6 +124,15 @@ def knock(address: str, key: ClusterKey | None, identity: ClusterKey | None = No
     return event.kind
 
 
+def test_a_socket_is_watched_although_its_descriptor_was_another_watched_ones() -> None:
+    with transport.make_socket(zmq.DEALER) as socket, zmq.Context.instance().socket(zmq.PAIR) as earlier:
+        earlier.bind(f"inproc://monitor.s-{socket.fd}")  # where pyzmq would have libzmq report, and has not let go of
+        with transport.watch_disconnects(socket) as watch:
+            transport.connect(socket, "tcp://127.0.0.1:1")
+            assert watch.poll(DEADLINE_S * 1000)
+            socket.disable_monitor()
+
+
 OWN, OTHER = new_key(), new_key()
 
 
