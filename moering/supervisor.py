@@ -65,7 +65,7 @@ class Policy:
 
     first_delay_s: float = 1.0  # of the second restart in a row; the first is immediate, each later delay doubles
     max_delay_s: float = 10.0
-    healthy_s: float = 60.0  # a child that lived this long starts again without a delay
+    healthy_s: float = 10.0  # once all were ready, a child that lived this long starts again without a delay
     orderly_s: float = 1.0  # so does one that exited with status 0 after so long: it was told to
     max_failed_starts: int = 3  # deaths in a row of a child that was never ready: give up
     stop_s: float = 30.0  # for each kind at a stop, then SIGKILL
@@ -209,7 +209,8 @@ class Supervisor:
                 return
             lived_s = time.monotonic() - child.started_s
             orderly = exit.code == 0 and lived_s >= self._policy.orderly_s
-            child.deaths = 1 if orderly or lived_s >= self._policy.healthy_s else child.deaths + 1
+            healthy = child.was_ready and lived_s >= self._policy.healthy_s
+            child.deaths = 1 if orderly or healthy else child.deaths + 1
             self._give_up_if_hopeless(child, exit)
             delay_s = self._policy.delay_s(child.deaths)
             logger.warning("%s; starting it again %s", exit, f"in {delay_s:g} s" if delay_s else "at once")

@@ -116,13 +116,23 @@ def test_the_second_death_in_a_row_waits(mailbox: Mailbox) -> None:
 
 
 def test_a_long_life_is_forgiven(mailbox: Mailbox) -> None:
-    every_life_is_long = replace(AT_ONCE, first_delay_s=1e6, max_delay_s=1e6, healthy_s=0.0, max_failed_starts=2)
-    with supervised(stub(mailbox.directory, "a"), policy=every_life_is_long):
+    every_life_is_long = replace(AT_ONCE, first_delay_s=1e6, max_delay_s=1e6, healthy_s=0.0)
+    with supervised(stub(mailbox.directory, "a"), policy=every_life_is_long) as running:
+        running.mark_ready()
         for start in range(4):
             number, pid = mailbox.started()["a"]
             assert number == start
             os.kill(pid, signal.SIGKILL)
         mailbox.started()
+
+
+def test_however_long_a_process_takes_to_fail_its_start_fails(mailbox: Mailbox) -> None:
+    every_life_is_long = replace(AT_ONCE, healthy_s=0.0, max_failed_starts=2)
+    with supervised(stub(mailbox.directory, "a"), policy=every_life_is_long) as running:
+        for _ in range(2):
+            os.kill(mailbox.started()["a"][1], signal.SIGKILL)
+        with pytest.raises(StartFailed, match="2 times in a row"):
+            running.join()
 
 
 def test_kinds_stop_one_after_the_other(mailbox: Mailbox) -> None:
