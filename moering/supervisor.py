@@ -146,7 +146,8 @@ class Supervisor:
         return self._children.keys() - self._retired
 
     def add(self, command: Command) -> None:
-        """Keep one more process running; nothing happens if there is one of this id, or during a stop."""
+        """Keep one more process running; nothing happens if there is one of this id, or during a stop. One that is
+        being stopped or let go is started again when it has exited."""
         self._retired.discard(command.id)
         if command.id not in self._children and self._stop_from is None:
             child = self._children[command.id] = _Child(command, was_ready=True)
@@ -194,10 +195,16 @@ class Supervisor:
         task.add_done_callback(lambda task: self._ended(child, task))
 
     def _ended(self, child: _Child, task: asyncio.Task[None]) -> None:
-        if self._children.get(child.command.id) is child and child.command.id in self._retired:
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
+            if not self._failure.done():
+                self._failure.set_exception(error)
+        elif child.command.id in self._retired:
             del self._children[child.command.id], self._tasks[child.command.id]
-        if not task.cancelled() and task.exception() is not None and not self._failure.done():
-            self._failure.set_exception(task.exception())  # type: ignore[arg-type]
+        elif self._stop_from is None and not self._ending:  # it was added again before it was gone
+            del self._children[child.command.id]
+            self.add(child.command)
 
     async def _supervise(self, child: _Child) -> None:
         while not child.stopping.is_set():

@@ -51,11 +51,15 @@ class Running:
         self.order.append("exit")
         self.exits.put(exit)
 
+    def call(self, function: Callable[..., object], *args: object) -> None:
+        """Call it on the loop, as all that a supervisor can do."""
+        self._loop.call_soon_threadsafe(function, *args)
+
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self.supervisor.stop)
+        self.call(self.supervisor.stop)
 
     def mark_ready(self) -> None:
-        self._loop.call_soon_threadsafe(self.supervisor.mark_ready)
+        self.call(self.supervisor.mark_ready)
 
     def join(self) -> None:
         """Wait for the end; raise what it raised."""
@@ -210,6 +214,21 @@ def test_a_process_that_has_worked_is_never_given_up(mailbox: Mailbox) -> None:
         for _ in range(2 * AT_ONCE.max_failed_starts):
             os.kill(mailbox.started()["a"][1], signal.SIGKILL)
         mailbox.started()
+
+
+def test_one_that_is_added_again_before_it_has_stopped_is_started_again(mailbox: Mailbox) -> None:
+    """As where a scaling is rolled back and tried once more: the new process gets the same id."""
+    command = stub(mailbox.directory, "a", behaviour="stubborn")
+    with supervised(command) as running:
+        for start in range(2):  # it may be stopped and added again as often as one likes
+            number, pid = mailbox.started()["a"]
+            assert number == start
+            running.call(running.supervisor.end, "a")
+            assert mailbox.next()[:2] == ("a", "told to stop")
+            running.call(running.supervisor.add, command)
+            os.kill(pid, signal.SIGKILL)
+        assert mailbox.started()["a"][0] == 2
+        assert running.supervisor.ids == {"a"}
 
 
 def test_what_a_process_prints_is_passed_on_by_lines(mailbox: Mailbox, capfd: pytest.CaptureFixture[str]) -> None:
