@@ -207,7 +207,7 @@ class Supervisor:
             self.add(child.command)
 
     async def _supervise(self, child: _Child) -> None:
-        while not child.stopping.is_set():
+        while not (child.stopping.is_set() or child.command.id in self._retired):
             exit = await self._run_once(child)
             if exit is None or child.stopping.is_set():
                 return

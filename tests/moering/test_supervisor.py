@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 
 from moering.supervisor import Command, Exit, Policy, StartFailed, Supervisor
+from tests.integration.cluster import wait_for
 from tests.moering.stubs import DEADLINE_S, Mailbox, stub
 
 AT_ONCE = Policy(first_delay_s=0.0, same_request_s=0.0)
@@ -229,6 +230,19 @@ def test_one_that_is_added_again_before_it_has_stopped_is_started_again(mailbox:
             os.kill(pid, signal.SIGKILL)
         assert mailbox.started()["a"][0] == 2
         assert running.supervisor.ids == {"a"}
+
+
+def test_one_that_is_let_go_between_two_starts_is_not_started_again(mailbox: Mailbox) -> None:
+    class LetGo(Policy):
+        def delay_s(self, deaths: int) -> float:
+            running.supervisor.retire("a")
+            return 0.0
+
+    with supervised(stub(mailbox.directory, "a"), policy=LetGo()) as running:
+        os.kill(mailbox.started()["a"][1], signal.SIGKILL)
+        known = running.supervisor._children
+        wait_for("it is let go, or started", lambda: not known or running.order[2:])
+    assert running.order == ["start 0", "exit"]
 
 
 def test_what_a_process_prints_is_passed_on_by_lines(mailbox: Mailbox, capfd: pytest.CaptureFixture[str]) -> None:
