@@ -208,7 +208,14 @@ class Supervisor:
 
     async def _supervise(self, child: _Child) -> None:
         while not (child.stopping.is_set() or child.command.id in self._retired):
-            exit = await self._run_once(child)
+            try:
+                exit = await self._run_once(child)
+            except OSError as e:  # no memory, or no more processes or descriptors: what runs is not to end by that
+                if not child.was_ready:
+                    raise
+                child.deaths += 1
+                await self._rest(child, f"cannot start {child.command.id} ({e})")
+                continue
             if exit is None or child.stopping.is_set():
                 return
             if child.command.id in self._retired:
@@ -219,10 +226,14 @@ class Supervisor:
             healthy = child.was_ready and lived_s >= self._policy.healthy_s
             child.deaths = 1 if orderly or healthy else child.deaths + 1
             self._give_up_if_hopeless(child, exit)
-            delay_s = self._policy.delay_s(child.deaths)
-            logger.warning("%s; starting it again %s", exit, f"in {delay_s:g} s" if delay_s else "at once")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(child.stopping.wait(), delay_s)
+            await self._rest(child, exit)
+
+    async def _rest(self, child: _Child, why: object) -> None:
+        """Between two starts: as long as the policy says, or until it is to stop."""
+        delay_s = self._policy.delay_s(child.deaths)
+        logger.warning("%s; starting it again %s", why, f"in {delay_s:g} s" if delay_s else "at once")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(child.stopping.wait(), delay_s)
 
     async def _run_once(self, child: _Child) -> Exit | None:
         """Start the child, pass on what it prints, and reap it. None if it was to stop before it could be started."""

@@ -245,6 +245,25 @@ def test_one_that_is_let_go_between_two_starts_is_not_started_again(mailbox: Mai
     assert running.order == ["start 0", "exit"]
 
 
+def test_what_cannot_be_started_again_just_now_ends_nothing_else(
+    mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures, start = [BlockingIOError("no more processes"), OSError("no memory")], asyncio.create_subprocess_exec
+
+    async def fail_first(*args: object, **options: object) -> object:
+        if failures:
+            raise failures.pop()
+        return await start(*args, **options)  # type: ignore[arg-type]
+
+    with supervised(stub(mailbox.directory, "a"), stub(mailbox.directory, "b")) as running:
+        processes = mailbox.started(2)
+        running.mark_ready()
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", fail_first)
+        os.kill(processes["a"][1], signal.SIGKILL)
+        assert mailbox.started()["a"][0] == 3
+        assert running.exits.get_nowait().command.id == "a" and running.exits.empty()
+
+
 def test_what_a_process_prints_is_passed_on_by_lines(mailbox: Mailbox, capfd: pytest.CaptureFixture[str]) -> None:
     code = "import sys; print('x' * 200_000); print('out', flush=True); sys.stderr.write('no end of line'); sys.exit(2)"
     with supervised(Command("a", "a", lambda _: [sys.executable, "-c", code])) as running, pytest.raises(StartFailed):
