@@ -93,7 +93,8 @@ class ForkServer:
             finally:
                 os.close(go)
                 os.close(let_go)
-            self._works = True
+            if self._works is None:  # else it may have been killed meanwhile
+                self._works = True
             return process
 
     def kill(self) -> None:

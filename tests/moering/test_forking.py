@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from moering.forking import ForkedProcess
+from moering.forking import ForkedProcess, ForkServer
 from moering.supervisor import StartFailed
 from tests.integration.cluster import REPO
 from tests.moering.stubs import DEADLINE_S, Mailbox, stub
@@ -74,6 +75,27 @@ def test_without_its_fork_server_a_process_starts_by_itself(mailbox: Mailbox) ->
             os.kill(pid, signal.SIGKILL)
             assert running.exits.get(timeout=DEADLINE_S).code == -signal.SIGKILL
     assert preloaded == [True, False, True]
+
+
+def test_a_fork_server_that_is_killed_just_as_it_has_answered_is_not_started_again(
+    mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = ForkServer._ask
+
+    async def ask_and_kill(self: ForkServer, request: bytes, fds: Sequence[int]) -> int:
+        pid = await ask(self, request, fds)
+        self.kill()
+        return pid
+
+    monkeypatch.setattr(ForkServer, "_ask", ask_and_kill)
+    with supervised(stub(mailbox.directory, "a", preload=True)) as running:
+        preloaded = []
+        for _ in range(3):
+            _, pid = mailbox.started()["a"]
+            preloaded.append(is_preloaded(pid))
+            os.kill(pid, signal.SIGKILL)
+            running.exits.get(timeout=DEADLINE_S)
+    assert preloaded == [True, False, False]
 
 
 def test_a_process_whose_start_was_given_up_does_not_run(mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
