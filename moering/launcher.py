@@ -138,6 +138,7 @@ async def _serve(
             if http is not None:
                 http.close()
 
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it hides how children end
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores it
                 loop.add_signal_handler(number, stop)

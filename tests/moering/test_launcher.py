@@ -47,6 +47,15 @@ class Launched:
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
+    def exit(self) -> protocol.ProvenExit:
+        """The next one that the coordinator hears of."""
+        received: object = None
+        while not isinstance(received, protocol.ProvenExit):  # the launcher itself wants to be a member
+            assert self.coordinator.poll(DEADLINE_S * 1000)
+            _, *frames = self.coordinator.recv_multipart()
+            received, _ = protocol.decode(frames)
+        return received
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait(DEADLINE_S)
@@ -95,15 +104,28 @@ def test_under_nohup_the_end_of_the_terminal_stops_nothing(mailbox: Mailbox) -> 
         launched.close()
 
 
+@pytest.mark.parametrize("behaviour", [["serve"], ["serve", "preload"]])
+def test_a_parent_that_wanted_to_know_of_no_ends_hides_none(
+    mailbox: Mailbox, behaviour: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        launched = Launched(mailbox, *behaviour)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    try:
+        os.kill(launched.pids["expert-server-0"], signal.SIGKILL)
+        assert launched.exit().exit_code == -signal.SIGKILL
+        assert mailbox.started()["expert-server-0"][0] == 1
+    finally:
+        launched.close()
+
+
 def test_a_proven_exit_goes_to_the_coordinator(launched: Launched, mailbox: Mailbox) -> None:
     pid = launched.pids["expert-server-0"]
     os.kill(pid, signal.SIGKILL)
-    received: object = None
-    while not isinstance(received, protocol.ProvenExit):  # the launcher itself wants to be a member
-        assert launched.coordinator.poll(DEADLINE_S * 1000)
-        _, *frames = launched.coordinator.recv_multipart()
-        received, _ = protocol.decode(frames)
-    assert received == protocol.ProvenExit("expert-server-0", pid, -signal.SIGKILL)
+    assert launched.exit() == protocol.ProvenExit("expert-server-0", pid, -signal.SIGKILL)
     assert mailbox.started()["expert-server-0"][0] == 1
 
 
