@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import deque
 from typing import Any
@@ -25,7 +26,7 @@ class Connection:
 
     def __init__(self, server: MemberInfo, hello: Hello, hidden_size: int, pin: Pin | None = None) -> None:
         """Connect and say hello. `pin` prepares shared memory for a GPU. Raises `OSError` when the address does not
-        resolve."""
+        resolve, that or `zmq.ZMQError` when too many files are open."""
         self.server_id, self.incarnation = server.server_id, server.incarnation
         self.key = server.server_id, server.incarnation
         self.welcomed, self.open = False, True
@@ -39,13 +40,15 @@ class Connection:
         self._slot_of: dict[int, int] = {}  # by seq, until the answer is here
         self._reading: deque[tuple[Reading, int]] = deque()  # slots whose answer a GPU still reads, in that order
         self._pin = pin
-        self.socket = transport.make_socket(zmq.DEALER, transport.DATA, queue_messages=10_000)
-        self.watch = transport.watch_disconnects(self.socket)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._withdraw)
+            self.socket = undo.enter_context(
+                transport.make_socket(zmq.DEALER, transport.DATA, queue_messages=10_000)
+            )  # fmt: skip
+            self.watch = undo.enter_context(transport.watch_disconnects(self.socket))
+            undo.callback(self.socket.disable_monitor)
             transport.connect(self.socket, server.address)
-        except OSError:
-            self.close()
-            raise
+            undo.pop_all()
         if self._offer is not None:
             doorbell = self._bell_offer.text if self._bell_offer is not None else ""
             hello = dataclasses.replace(hello, shared_rows=self._offer.text, doorbell=doorbell)

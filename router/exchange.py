@@ -208,7 +208,7 @@ class Exchange:
     def _connect(self, member: MemberInfo) -> None:
         try:
             connection = Connection(member, self._hello, self._hidden_size, self._pin)
-        except OSError as e:
+        except (OSError, zmq.ZMQError) as e:
             logger.warning("cannot connect to %s at %s: %s; trying again", member.server_id, member.address, e)
             return
         self._connections[member.server_id] = connection

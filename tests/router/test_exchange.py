@@ -1,6 +1,7 @@
 """The exchange over real sockets, with compute threads that can be killed between receive and reply."""
 
 import ctypes
+import errno
 import gc
 import os
 import sys
@@ -234,6 +235,33 @@ def test_closing_gives_up_all_shared_memory(harness, servers):
     assert segments() > before + 1
     harness.exchange.close()
     harness.until(lambda: segments() == before)  # a gives up its end when it hears that nobody is there
+
+
+def descriptors():
+    """Memory and pipes that this process has."""
+    gc.collect()  # what tests before have left
+    names = [os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()]
+    return sum("moering-rows" in name or "pipe:" in name for name in names)
+
+
+@pytest.mark.parametrize("what", ["make_socket", "watch_disconnects"])
+def test_a_connection_that_cannot_be_made_for_want_of_files_is_tried_again(harness, servers, monkeypatch, what):
+    a, _ = servers
+    before, want = descriptors(), [zmq.ZMQError(errno.EMFILE)]
+    make = getattr(transport, what)
+
+    def short(*args, **options):
+        if want:
+            raise want.pop()
+        return make(*args, **options)
+
+    monkeypatch.setattr(transport, what, short)
+    harness.view(a)
+    assert not want and harness.exchange.suspects == ["a"]
+    assert descriptors() == before
+    a.serve()
+    harness.exchange._retry_at.clear()
+    harness.connected(a)
 
 
 def test_a_server_that_dies_between_receive_and_reply_loses_nothing(harness, servers):
