@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import Any
 
@@ -10,6 +11,8 @@ import zmq
 from moering import protocol, transport
 from moering.leader import Finder, Seat
 from moering.protocol import ProvenExit
+
+logger = logging.getLogger(__name__)
 
 KEPT = 64
 
@@ -27,19 +30,25 @@ class ExitReports:
         self._socket: Any = None
 
     def follow(self) -> None:
-        """The coordinator may have changed."""
+        """The coordinator may have changed. One whose address does not resolve is tried again with the next exit."""
         seat = self._coordinator.seat
         if seat is None or seat == self._seat:
             return
+        socket = transport.make_socket(zmq.DEALER, reconnect=True)
+        try:
+            transport.connect(socket, seat.address)
+        except OSError as e:
+            socket.close()
+            logger.warning("cannot report exits to the coordinator at %s (%s); trying at the next", seat.address, e)
+            return
         self.close()
-        self._socket = transport.make_socket(zmq.DEALER, reconnect=True)
-        transport.connect(self._socket, seat.address)
-        self._seat = seat
+        self._socket, self._seat = socket, seat
         for report in self._latest:
-            transport.try_send(self._socket, [report])
+            transport.try_send(socket, [report])
 
     def send(self, exit: ProvenExit) -> None:
         """Report `exit`."""
+        self.follow()
         report = protocol.encode(exit)
         self._latest.append(report)
         if self._socket is not None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import zmq
 
 from moering import protocol, transport
@@ -51,3 +52,27 @@ def test_a_new_coordinator_hears_of_the_exits_before_it(tmp_path: Path) -> None:
         reports.close()
         for s in sockets:
             s.close()
+
+
+def test_a_coordinator_whose_name_does_not_resolve_for_a_moment_hears_of_the_exits_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator, exits = Moving(), [ProvenExit(f"e{n}", n, -9) for n in range(3)]
+    reports, socket = ExitReports(coordinator), transport.make_socket(zmq.ROUTER)
+    address, resolve = transport.bind(socket, f"ipc://{tmp_path}/c"), transport.resolve
+
+    def fail(address: str) -> str:
+        raise OSError("no name server")
+
+    try:
+        reports.send(exits[0])
+        coordinator.seat = Seat(address)
+        monkeypatch.setattr(transport, "resolve", fail)
+        reports.follow()
+        reports.send(exits[1])
+        monkeypatch.setattr(transport, "resolve", resolve)
+        reports.send(exits[2])
+        assert received(socket, 3) == exits
+    finally:
+        reports.close()
+        socket.close()
