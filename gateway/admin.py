@@ -30,7 +30,7 @@ class Admin:
         self.events = EventLog()
         self.send: Callable[[Any], None] = lambda message: None
         self._keys = [key.encode() for key in keys]
-        self._answers: dict[str, asyncio.Future[OperateAnswer]] = {}
+        self._waiting: dict[asyncio.Future[OperateAnswer], str] = {}  # for the answer to the ask of this id
 
     def check(self, request: web.Request) -> None:
         """Raise 401 or 403 for who may not use the admin interface.
@@ -50,7 +50,8 @@ class Admin:
     async def ask(self, ask: Operate) -> None:
         """Have the coordinator begin `ask`. Raises `ApiError` where it cannot read that, refuses, or is silent."""
         _check_readable(ask)
-        answer = self._answers[ask.id] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[OperateAnswer] = asyncio.get_running_loop().create_future()
+        self._waiting[answer] = ask.id  # others may ask the same: two who cancel one operation
         try:
             async with asyncio.timeout(GIVE_UP_S):
                 while not answer.done():
@@ -61,7 +62,7 @@ class Admin:
                 503, "the coordinator does not answer; try again", code="no_coordinator", retry_after_s=5
             ) from None
         finally:
-            self._answers.pop(ask.id, None)
+            del self._waiting[answer]
         result = answer.result()
         if result.code != "accepted":
             raise ApiError(_STATUS.get(result.code, 500), result.reason, code=result.code)
@@ -71,9 +72,9 @@ class Admin:
         if isinstance(message, Events):
             self.events.add(message.events)
         elif isinstance(message, OperateAnswer):
-            waiting = self._answers.get(message.id)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(message)
+            for answer, asked in self._waiting.items():
+                if asked == message.id and not answer.done():
+                    answer.set_result(message)
 
 
 def _check_readable(ask: Operate) -> None:

@@ -229,3 +229,19 @@ def test_a_coordinator_that_never_answers(monkeypatch):
             await Admin([]).ask(Operate("op", "scale"))
 
     asyncio.run(main())
+
+
+def test_two_who_ask_the_same_at_once_are_both_answered():
+    async def main():
+        admin, asked = Admin([]), []
+
+        def send(ask):
+            asked.append(ask)
+            if len(asked) == 2:
+                admin.take(OperateAnswer("op", "accepted", ""))
+
+        admin.send = send
+        await asyncio.gather(*(admin.ask(Operate("op", "cancel")) for _ in range(2)))
+        assert len(asked) == 2
+
+    run(main())
