@@ -23,6 +23,7 @@ from moering.probe import EndpointProbe
 from moering.protocol import ProvenExit, Refused, View
 from tests.moering.cluster import Member, of, table
 from tests.moering.stubs import DEADLINE_S
+from tests.ports import free_port
 
 
 @contextmanager
@@ -98,19 +99,12 @@ class Members:
             self.remove(server_id)
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def some_servers(count: int = 3) -> list[Member]:
     return [Member("expert-server", f"e{i}", state="JOINING") for i in range(count)]
 
 
-def test_a_cluster_comes_up_survives_its_coordinator_and_then_loses_a_server(port: int) -> None:
-    address = f"tcp://127.0.0.1:{port}"
+def test_a_cluster_comes_up_survives_its_coordinator_and_then_loses_a_server() -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
     flags = ("--expert-servers", "3", "--lease-s", "5", "--rejoin-grace-s", "0.5")
     members = Members(address, *some_servers(), Member("router", "r0"), Member("gateway", "g0"))
     try:
@@ -230,7 +224,7 @@ def ask(address: str) -> str:
 
 @pytest.mark.parametrize("scheme", ["tcp", "ipc"])
 def test_a_probe_tells_a_serving_a_stopped_and_a_dead_process_apart(scheme: str, tmp_path: object) -> None:
-    bind = "tcp://127.0.0.1:*" if scheme == "tcp" else f"ipc://{tmp_path}/c"
+    bind = f"tcp://127.0.0.1:{free_port()}" if scheme == "tcp" else f"ipc://{tmp_path}/c"
     with coordinator(bind) as (process, address):
         assert ask(address) == "answered"
         os.kill(process.pid, signal.SIGSTOP)

@@ -59,7 +59,7 @@ class Launched:
     def close(self) -> None:
         self.process.kill()
         self.process.wait(DEADLINE_S)
-        if not self.mailbox.all_dead(within_s=2.0):  # a test fails; that is no reason to leave them behind
+        if not self.mailbox.all_dead(within_s=DEADLINE_S):  # a test fails; that is no reason to leave them behind
             for pid in self.pids.values():
                 os.kill(pid, signal.SIGKILL)
         assert self.process.stdout is not None
@@ -136,7 +136,7 @@ def test_a_killed_launcher_leaves_no_process(mailbox: Mailbox, behaviour: str, m
     launched = Launched(mailbox, *behaviour.split())
     try:
         launched.process.kill()
-        assert mailbox.all_dead(within_s=2.0)
+        assert mailbox.all_dead(within_s=DEADLINE_S)
         assert mailbox.rest() == []
     finally:
         launched.close()
