@@ -30,18 +30,17 @@ class ExitReports:
         self._socket: Any = None
 
     def follow(self) -> None:
-        """The coordinator may have changed. One whose address does not resolve is tried again with the next exit."""
+        """The coordinator may have changed. One that cannot be connected to now is tried again with the next exit."""
         seat = self._coordinator.seat
         if seat is None or seat == self._seat:
             return
-        socket = transport.make_socket(zmq.DEALER, reconnect=True)
         try:
-            transport.connect(socket, seat.address)
-        except OSError as e:
-            socket.close()
+            address, socket = transport.resolve(seat.address), transport.make_socket(zmq.DEALER, reconnect=True)
+        except (OSError, zmq.ZMQError) as e:  # it does not resolve, or too many files are open
             logger.warning("cannot report exits to the coordinator at %s (%s); trying at the next", seat.address, e)
             return
         self.close()
+        socket.connect(address)
         self._socket, self._seat = socket, seat
         for report in self._latest:
             transport.try_send(socket, [report])

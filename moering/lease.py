@@ -77,8 +77,13 @@ class LeaseClient(threading.Thread):
         """Be a member with the coordinator in `seat`, until there is another one, or it refuses the handshake, or the
         end."""
         self._session.begin()
-        socket = transport.make_socket(zmq.DEALER, reconnect=True)
-        watch = transport.watch_handshakes(socket)
+        try:
+            socket = transport.make_socket(zmq.DEALER, reconnect=True)
+            watch = transport.watch_handshakes(socket)
+        except zmq.ZMQError as e:  # for example too many open files: this process serves on meanwhile
+            logger.warning("cannot connect to the coordinator at %s (%s); trying again", seat.address, e)
+            self._stopping.wait(RENEW_S)
+            return
         for each in (socket, watch):
             poller.register(each, zmq.POLLIN)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket as sockets
 import threading
 import time
@@ -267,6 +268,20 @@ def member_of(address: str) -> Iterator[threading.Event]:
         yield registered
     finally:
         client.close(Leave(member.server_id, member.incarnation))
+
+
+@pytest.mark.parametrize("what", ["make_socket", "watch_handshakes"])
+def test_a_member_that_cannot_connect_for_want_of_files_tries_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, want = getattr(transport, what), [zmq.ZMQError(errno.EMFILE)]
+
+    def short(*args: object, **options: object) -> object:
+        if want:
+            raise want.pop()
+        return make(*args, **options)
+
+    monkeypatch.setattr(transport, what, short)
+    with coordinator("tcp://127.0.0.1:*") as (_, address), member_of(address) as registered:
+        assert registered.wait(DEADLINE_S) and not want
 
 
 @pytest.mark.parametrize(("coordinators", "said"), [("another", HINT), ("none", "has no cluster key")])

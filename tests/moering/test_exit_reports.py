@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -54,23 +55,26 @@ def test_a_new_coordinator_hears_of_the_exits_before_it(tmp_path: Path) -> None:
             s.close()
 
 
-def test_a_coordinator_whose_name_does_not_resolve_for_a_moment_hears_of_the_exits_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("what", "error"), [("resolve", OSError("no name server")), ("make_socket", zmq.ZMQError(errno.EMFILE))]
+)
+def test_a_coordinator_that_cannot_be_connected_to_for_a_moment_hears_of_the_exits_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, error: Exception
 ) -> None:
     coordinator, exits = Moving(), [ProvenExit(f"e{n}", n, -9) for n in range(3)]
     reports, socket = ExitReports(coordinator), transport.make_socket(zmq.ROUTER)
-    address, resolve = transport.bind(socket, f"ipc://{tmp_path}/c"), transport.resolve
+    address = transport.bind(socket, f"ipc://{tmp_path}/c")
 
-    def fail(address: str) -> str:
-        raise OSError("no name server")
+    def fail(*args: object, **options: object) -> None:
+        raise error
 
     try:
         reports.send(exits[0])
         coordinator.seat = Seat(address)
-        monkeypatch.setattr(transport, "resolve", fail)
-        reports.follow()
-        reports.send(exits[1])
-        monkeypatch.setattr(transport, "resolve", resolve)
+        with monkeypatch.context() as short:
+            short.setattr(transport, what, fail)
+            reports.follow()
+            reports.send(exits[1])
         reports.send(exits[2])
         assert received(socket, 3) == exits
     finally:
