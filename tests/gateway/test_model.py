@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import itertools
 import json
 
 import pytest
@@ -82,20 +81,18 @@ def test_an_end_of_text_that_is_no_id_is_refused(path, value):
 def test_the_loop_turns_while_a_long_prompt_is_tokenized(model):
     async def main():
         wide, text = dataclasses.replace(model, max_prompt_chars=1 << 30), "hello world " * 20_000
-        loop = asyncio.get_running_loop()
-        turns = [loop.time()]
+        turns = 0
 
         async def count() -> None:
+            nonlocal turns
             while True:
                 await asyncio.sleep(0)
-                turns.append(loop.time())
+                turns += 1
 
         counter = asyncio.create_task(count())
         ids = await encode(wide, text, "prompt", True)
-        turns.append(loop.time())
         counter.cancel()
-        longest = max(b - a for a, b in itertools.pairwise(turns))
-        assert longest < 0.5 * (turns[-1] - turns[0]), "the tokenizer kept the interpreter to itself"
+        assert turns > 100, "the tokenizer kept the interpreter to itself"
         assert ids == model.tokenizer.encode(text).ids
 
     run(main())
