@@ -23,12 +23,13 @@ class Segments:
     def open(self, identity: bytes, router: str, offer: str, slots: int, dtype: str) -> int:
         """Use the memory that a router offers, for so many slots of rows of `dtype`.
 
-        Returns the rows of each; 0 when it offers none, or what this process cannot open.
+        Returns the rows of each; 0 when it offers none, or what this process cannot open. That may be an earlier
+        connection's hello, which is read late: what a later one has offered stays.
         """
-        self.forget(self._identity_of.get(router, b""))
         segment = SharedRows.open(offer, Layout.of(slots, self._slot_bytes, self._hidden_size, dtype), self._pin)
         if segment is None:
             return 0
+        self.forget(self._identity_of.get(router, b""))
         while len(self._identity_of) >= MAX_ROUTERS:
             self.forget(next(iter(self._identity_of.values())))
         self._by_identity[identity], self._identity_of[router] = segment, identity

@@ -45,6 +45,15 @@ def test_a_late_dispatch_of_a_connection_that_was_given_up_reaches_no_memory(off
     assert (old.answered[1][:3] == 7.0).all() and (new.answered[1] == 0.0).all()
 
 
+def test_a_late_hello_of_a_connection_that_was_given_up_takes_no_memory_from_the_next(offers: list[Offer]) -> None:
+    """zmq reads connections in turn, and the last one takes the turn of one that has nothing more to say."""
+    segments = Segments(8, SLOT_BYTES)
+    assert segments.open(b"second", "router", offers[1].text, SLOTS, "float32")
+    offers[0].withdraw()
+    assert segments.open(b"first", "router", offers[0].text, SLOTS, "float32") == 0
+    assert segments.slot(b"second", dispatch(1)) is not None
+
+
 def test_a_connection_reaches_its_own_slots_only(offers: list[Offer]) -> None:
     routers = [mapped(offer) for offer in offers]
     segments = Segments(8, SLOT_BYTES)
