@@ -70,7 +70,7 @@ def choose_quantized_tiling(
     narrow = mean < 1.5  # also where only experts with pairs are counted
     if one_launch:
         if narrow and hidden > 4096 and mean < 0.5:  # all of gate/up is one wave: more loads under way before down's
-            return SmallTiling(block_m, Cut(32, 128, 6), Cut(64, 128, 6))
+            return SmallTiling(block_m, Cut(32, 128, 6), Cut(64, 128, 4))
         return SmallTiling(block_m, Cut(32, 128, 4) if narrow and hidden <= 4096 else Cut(64, 128, 3), Cut(128, 128, 3))
     gate_up = Cut(32, 128, 4) if narrow else Cut(64, 128, 3)
     return SmallTiling(block_m, gate_up, Cut(64, 128, 4) if pairs <= 8 else Cut(128, 128, 3), one_launch=False)

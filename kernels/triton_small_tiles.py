@@ -58,7 +58,10 @@ class SmallTiling:
     registers: int | None = None
 
 
-_FEW_PAIRS = SmallTiling(MAX_PAIRS, Cut(16, 256, 5), Cut(32, 256, 6), warps=2)
+_FEW_SHALLOW = SmallTiling(MAX_PAIRS, Cut(16, 256, 4), Cut(64, 256, 3), warps=2)
+"""Few pairs of a hidden size up to 2048."""
+_FEW_PAIRS = SmallTiling(MAX_PAIRS, Cut(16, 256, 5), Cut(32, 256, 3), warps=2)
+"""Of more."""
 _APART = tl.constexpr(64)
 """From so many rows on, those of gate and of up are two operands: a wgmma's left one, read from shared memory, must not
 be reshaped, or it travels through registers."""
@@ -280,7 +283,8 @@ class SmallTiles:
         pairs = experts.numel()
         rows, top_k = (experts, top_k) if rows is None else (rows, 0)
         lists = experts, rows, experts, self._of_pairs, experts, pairs, top_k
-        self._launch(_FEW_PAIRS, x, activations, out, pairs, lists, listed=False)
+        tiling = _FEW_SHALLOW if self._hidden <= 2048 else _FEW_PAIRS
+        self._launch(tiling, x, activations, out, pairs, lists, listed=False)
 
     def _launch(
         self, tiling: SmallTiling, x: torch.Tensor, activations: torch.Tensor, out: torch.Tensor, most_tiles: int,
