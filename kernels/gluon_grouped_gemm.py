@@ -1,4 +1,4 @@
-"""The two grouped GEMMs for more than 90 rows per expert, warp-specialised: in Gluon, for Hopper.
+"""The two grouped GEMMs for more than 76 rows per expert, warp-specialised: in Gluon, for Hopper.
 
 A program has the multiprocessor to itself and strides over work items, a tile of 64 or 128 rows by a block of columns
 each:

@@ -1,7 +1,8 @@
 """Grouped expert FFN of a server's local experts on a GPU, bf16, batch-invariant.
 
 See `triton_grouping` (which tile holds which pairs); the arithmetic: `triton_small_tiles` (few rows per expert),
-`triton_grouped_gemm` (many), `gluon_grouped_gemm` (many, on Hopper); docs/kernels.md (figures).
+`triton_grouped_gemm` (many), `gluon_dense_tiles` (some dozens, on Hopper), `gluon_grouped_gemm` (many, on Hopper);
+docs/kernels.md (figures).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from kernels.expert_ffn import PROBE_ROWS, fixed_values
 from kernels.triton_grouped_gemm import down_kernel, gate_up_kernel
 from kernels.triton_grouping import Grouping, PairGrouper
 from kernels.triton_small_tiles import MAX_PAIRS, SmallTiles, SmallTiling
-from kernels.triton_tiling import FFNTiling, Tiling, choose_tiling
+from kernels.triton_tiling import DenseTiling, FFNTiling, Tiling, choose_tiling
 
+gluon_dense_tiles: Any
 gluon_grouped_gemm: Any
 try:
-    from kernels import gluon_grouped_gemm
+    from kernels import gluon_dense_tiles, gluon_grouped_gemm
 except ImportError:  # a Triton without Gluon for Hopper
-    gluon_grouped_gemm = None
+    gluon_dense_tiles = gluon_grouped_gemm = None
 
 
 class GroupedExperts:
@@ -60,11 +62,12 @@ class GroupedExperts:
         self._grouper = PairGrouper(experts, w13.device)
         self._small_tiles = SmallTiles(w13, w2, biases, limit)
         self._ping_pong: bool = gluon_grouped_gemm is not None and gluon_grouped_gemm.admits(w13, w2)
+        self._dense: bool = gluon_dense_tiles is not None and gluon_dense_tiles.admits(w13, w2)
         self._sms = torch.cuda.get_device_properties(w13.device).multi_processor_count if w13.is_cuda else 1
 
-    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> FFNTiling | SmallTiling:
+    def choose_tiling(self, pairs: int, num_experts: int | None = None) -> FFNTiling | SmallTiling | DenseTiling:
         """See `triton_tiling.choose_tiling`; num_experts: how many have pairs, where that is known."""
-        return choose_tiling(pairs, num_experts or self.num_experts, self._ping_pong)
+        return choose_tiling(pairs, num_experts or self.num_experts, self._ping_pong, self._dense)
 
     def forward(
         self,
@@ -73,7 +76,7 @@ class GroupedExperts:
         rows: torch.Tensor | None = None,
         top_k: int = 1,
         out: torch.Tensor | None = None,
-        tiling: FFNTiling | SmallTiling | None = None,
+        tiling: FFNTiling | SmallTiling | DenseTiling | None = None,
     ) -> torch.Tensor:
         """One unsummed row per (row, expert) pair; runs on the current stream, without synchronising.
 
@@ -107,7 +110,7 @@ class GroupedExperts:
 
     def ffn(
         self, x: torch.Tensor, grouping: Grouping, activations: torch.Tensor, out: torch.Tensor,
-        tiling: FFNTiling | SmallTiling,
+        tiling: FFNTiling | SmallTiling | DenseTiling,
     ) -> None:  # fmt: skip
         """Both products, SwiGLU between them; row `pair` of out gets the pair's result.
 
@@ -117,6 +120,10 @@ class GroupedExperts:
         """
         if isinstance(tiling, SmallTiling):
             self._small_tiles.ffn(x, grouping, activations, out, tiling)
+        elif isinstance(tiling, DenseTiling):
+            bias13, bias2 = self._biases or (None, None)
+            gluon_dense_tiles.gate_up(x, self.w13, bias13, self._limit, activations, grouping, tiling, self._sms)
+            gluon_dense_tiles.down(activations, self.w2, bias2, out, grouping, tiling, self._sms)
         else:
             self._gate_up(x, grouping, activations, tiling)
             self._down(activations, grouping, out, tiling)

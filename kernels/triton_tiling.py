@@ -43,6 +43,18 @@ class FFNTiling:
 
 
 @dataclass(frozen=True)
+class DenseTiling:
+    """Tile height in rows, 64 or 96, and slots of the ring of `gluon_dense_tiles`.
+
+    group_m: tiles of an expert that share a weight block before the next one.
+    """
+
+    block_m: int
+    stages: int = 5
+    group_m: int = 4
+
+
+@dataclass(frozen=True)
 class RingTiling:
     """Tile height in rows, a multiple of 8, and how `gluon_mxfp4_tiles` runs: weight rows of an item, 64 or 128, slots
     of the ring of a program, and programs that share a multiprocessor.
@@ -68,23 +80,36 @@ _UP_TO_90 = FFNTiling(64, Tiling(128, 64, 4, 5, 4), Tiling(128, 64, 4, 3, 4, pro
 _LARGE = FFNTiling(128, Tiling(128, 64, 8, 4, 8), Tiling(256, 64, 8, 4, 8))
 _DOWN_64 = Tiling(256, 64, 4, 5, 16, ping_pong=True)
 PING_PONG = FFNTiling(64, Tiling(128, 64, 4, 5, 16, ping_pong=True), _DOWN_64)
-"""91 to 300 rows per expert, for weights that `gluon_grouped_gemm.admits`; as the next two."""
+"""77 to 300 rows per expert, for weights that `gluon_grouped_gemm.admits`; as the next two."""
 PING_PONG_AHEAD = FFNTiling(64, Tiling(128, 64, 4, 5, 16, ping_pong=True, ahead=True), _DOWN_64)
 """301 to 760."""
 PING_PONG_WIDE = FFNTiling(
     128, Tiling(96, 64, 4, 5, 8, ping_pong=True, ahead=True), Tiling(128, 64, 4, 6, 8, ping_pong=True)
 )
 """More rows."""
-_BY_MEAN_ROWS = ((6, _UP_TO_6), (20, _UP_TO_20), (90, _UP_TO_90))
+DENSE_64 = DenseTiling(64)
+"""21 to 48 rows per expert, for weights that `gluon_dense_tiles.admits`."""
+DENSE_96 = DenseTiling(96)
+"""49 to 76."""
+_BY_MEAN_ROWS = ((6, _UP_TO_6), (20, _UP_TO_20))
+_DENSE_BY_MEAN_ROWS = ((48, DENSE_64), (76, DENSE_96))
 _PING_PONG_BY_MEAN_ROWS = ((300, PING_PONG), (760, PING_PONG_AHEAD))
 
 
-def choose_tiling(pairs: int, num_experts: int, ping_pong: bool = False) -> FFNTiling | SmallTiling:
+def choose_tiling(
+    pairs: int, num_experts: int, ping_pong: bool = False, dense: bool = False
+) -> FFNTiling | SmallTiling | DenseTiling:
     """The tiling for `pairs` pairs over `num_experts` local experts, by the mean number of rows per expert.
 
-    ping_pong: whether those of `gluon_grouped_gemm` may be chosen.
+    ping_pong: whether those of `gluon_grouped_gemm` may be chosen; dense: whether those of `gluon_dense_tiles` may.
     """
-    for limit, tiling in _BY_MEAN_ROWS + (_PING_PONG_BY_MEAN_ROWS if ping_pong else ()):
+    choices: tuple[tuple[int, FFNTiling | SmallTiling | DenseTiling], ...] = (
+        *_BY_MEAN_ROWS,
+        *(_DENSE_BY_MEAN_ROWS if dense else ()),
+        (76 if ping_pong else 90, _UP_TO_90),
+        *(_PING_PONG_BY_MEAN_ROWS if ping_pong else ()),
+    )
+    for limit, tiling in choices:
         if pairs <= limit * num_experts:
             return tiling
     return PING_PONG_WIDE if ping_pong else _LARGE

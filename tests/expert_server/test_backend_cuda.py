@@ -307,7 +307,9 @@ def test_the_warm_up_meets_every_tiling(hidden, capacity, monkeypatch):
             for way in (False, True)
         ]
         several = [(pairs, experts) for pairs, experts in calls if pairs > MAX_PAIRS]
-        return quantized, [{choose_tiling(*call, ping_pong=way) for call in several} for way in (False, True)]
+        return quantized, [
+            {choose_tiling(*call, ping_pong=way, dense=way) for call in several} for way in (False, True)
+        ]
 
     every = ((pairs, experts) for pairs in range(1, most + 1) for experts in range(1, min(pairs, capacity) + 1))
     assert tilings(warm_up_calls(capacity)) == tilings(every)

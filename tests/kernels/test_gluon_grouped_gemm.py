@@ -24,7 +24,7 @@ PING_PONGS = (PING_PONG, PING_PONG_AHEAD, PING_PONG_WIDE)
 @pytest.mark.parametrize(
     ("rows", "chosen"),
     [
-        (91, PING_PONG),
+        (77, PING_PONG),
         (300, PING_PONG),
         (301, PING_PONG_AHEAD),
         (760, PING_PONG_AHEAD),
@@ -33,12 +33,13 @@ PING_PONGS = (PING_PONG, PING_PONG_AHEAD, PING_PONG_WIDE)
     ],
 )
 def test_many_rows_per_expert_get_it_where_it_can_run(rows: int, chosen: FFNTiling) -> None:
-    assert choose_tiling(3 * rows, 3, ping_pong=True) is chosen
+    for dense in (False, True):
+        assert choose_tiling(3 * rows, 3, ping_pong=True, dense=dense) is chosen
     assert choose_tiling(3 * rows, 3) not in PING_PONGS
 
 
 def test_few_rows_per_expert_do_not_get_it() -> None:
-    assert choose_tiling(3 * 90, 3, ping_pong=True) not in PING_PONGS
+    assert choose_tiling(3 * 76, 3, ping_pong=True) not in PING_PONGS
 
 
 @pytest.mark.parametrize(
