@@ -18,17 +18,13 @@ from kernels.linear import Backend, PackedLinear
 from kernels.rms_norm import RMSNorm, new_stream
 from kernels.tensors import as_packable
 from moering.checkpoint import Checkpoint
-from moering.errors import CheckpointError
 from router.attention import Attention, rotary_table
 from router.attention_plan import AttentionPlan, SequenceChunk, plan_attention
 from router.gate import Gate
 from router.kv_cache import KVCache
 from router.micro_batch import MicroBatch
 from router.model_config import MoEModelConfig
-
-ATTENTION_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj")
-HEAD = "lm_head.weight"
-HEAD_NORMS = ("q_norm", "k_norm")
+from router.weights import Weights
 
 
 class Launched(Protocol):
@@ -54,14 +50,11 @@ class PlannedMicroBatch(MicroBatch):
 class _Layer:
     """The weights of one layer outside its experts."""
 
-    def __init__(self, checkpoint: Checkpoint, config: MoEModelConfig, index: int, backend: Backend) -> None:
-        prefix, eps = f"model.layers.{index}", config.rms_norm_eps
-        names = ATTENTION_WEIGHTS + (HEAD_NORMS if config.head_norms else ())
-        weights = {name: load(checkpoint, f"{prefix}.self_attn.{name}.weight") for name in names}
-        self.attention = Attention(config, weights, backend)
-        self.attention_norm = RMSNorm(load(checkpoint, f"{prefix}.input_layernorm.weight"), eps)
-        self.experts_norm = RMSNorm(load(checkpoint, f"{prefix}.post_attention_layernorm.weight"), eps)
-        self.gate = Gate(load(checkpoint, checkpoint.gate_name(index)), config, backend)
+    def __init__(self, weights: Weights, config: MoEModelConfig, index: int, backend: Backend) -> None:
+        self.attention = Attention(config, weights.attention(index), backend)
+        self.attention_norm = RMSNorm(weights.attention_norm(index), config.rms_norm_eps)
+        self.experts_norm = RMSNorm(weights.experts_norm(index), config.rms_norm_eps)
+        self.gate = Gate(weights.gate(index), config, backend)
 
 
 class Decoder:
@@ -75,10 +68,11 @@ class Decoder:
         self.config = config = MoEModelConfig.from_checkpoint(checkpoint)
         self.numerics = f"pytorch {numerics_fingerprint(backend)}"
         self._cache = kv_cache
-        self._embeddings = load(checkpoint, "model.embed_tokens.weight")
-        self._layers = [_Layer(checkpoint, config, index, backend) for index in range(config.num_layers)]
-        self._final_norm = RMSNorm(load(checkpoint, "model.norm.weight"), config.rms_norm_eps)
-        self._head = PackedLinear(head_weight(checkpoint, config, self._embeddings), backend)
+        weights = Weights(checkpoint, config, as_packable)
+        self._embeddings = weights.embeddings()
+        self._layers = [_Layer(weights, config, index, backend) for index in range(config.num_layers)]
+        self._final_norm = RMSNorm(weights.final_norm(), config.rms_norm_eps)
+        self._head = PackedLinear(weights.head(self._embeddings), backend)
         capacity = kv_cache.num_blocks * kv_cache.block_size
         self._rotary = rotary_table(config, min(config.max_positions, capacity))
 
@@ -135,18 +129,3 @@ def positions_of(token_ids: list[int], chunks: Sequence[SequenceChunk]) -> torch
     if not token_ids or len(positions) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens do not match chunks of {[c.length for c in chunks]}")
     return positions
-
-
-def head_weight(checkpoint: Checkpoint, config: MoEModelConfig, embeddings: torch.Tensor) -> torch.Tensor:
-    """The embeddings where the checkpoint ties and stores none; a stored head counts, as in transformers."""
-    if config.tied_embeddings and HEAD not in checkpoint.names():
-        return embeddings
-    head = load(checkpoint, HEAD)
-    if head.shape != embeddings.shape:
-        raise CheckpointError(f"{checkpoint.path}: tensor {HEAD} has shape {list(head.shape)}")
-    return head
-
-
-def load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """A tensor as it is stored, or as fp16 where it is quantised."""
-    return as_packable(checkpoint.tensor(name))

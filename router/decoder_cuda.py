@@ -15,22 +15,21 @@ import torch
 from triton import next_power_of_2
 
 from kernels.graphs import Graphs
-from kernels.tensors import as_tensor
+from kernels.tensors import Stored, as_tensor
 from kernels.triton_attention import SPLIT_KEYS, prefill_tile_rows
 from kernels.triton_combine import add_combined_at
 from kernels.triton_gate import choose_experts
 from kernels.triton_linear import Linear
 from kernels.triton_rms_norm import rms_norm
 from moering.checkpoint import Checkpoint
-from moering.errors import CheckpointError
 from router.attention_cuda import Attention, rotary_tables
 from router.attention_plan import SequenceChunk
 from router.buffers_cuda import COMPUTE_DTYPE, Buffers, Limits, Scratch, Step
-from router.decoder import ATTENTION_WEIGHTS, HEAD, HEAD_NORMS
 from router.expert_rows_cuda import DeviceRows
 from router.kv_cache_cuda import KVCache
 from router.micro_batch_cuda import MicroBatch
 from router.model_config import MoEModelConfig
+from router.weights import Weights
 
 GRAPH_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WARM_UP_ROWS = (1, 2, 20, 40, 70, 600)  # at least one for each tiling of the linear layers
@@ -40,14 +39,12 @@ class _Layer:
     """The weights of one layer outside its experts."""
 
     def __init__(
-        self, load: _Loader, config: MoEModelConfig, index: int, tables: tuple[torch.Tensor, torch.Tensor]
+        self, weights: Weights, config: MoEModelConfig, index: int, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
-        prefix = f"model.layers.{index}"
-        names = ATTENTION_WEIGHTS + (HEAD_NORMS if config.head_norms else ())
-        self.attention = Attention(config, {n: load(f"{prefix}.self_attn.{n}.weight") for n in names}, tables)
-        self.attention_norm = load(f"{prefix}.input_layernorm.weight").float()
-        self.experts_norm = load(f"{prefix}.post_attention_layernorm.weight").float()
-        self.gate = Linear(load(load.checkpoint.gate_name(index)))
+        self.attention = Attention(config, weights.attention(index), tables)
+        self.attention_norm = weights.attention_norm(index).float()
+        self.experts_norm = weights.experts_norm(index).float()
+        self.gate = Linear(weights.gate(index))
 
 
 class Decoder:
@@ -72,13 +69,13 @@ class Decoder:
         self.device = torch.device(device)
         self.numerics = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "interpreted"
         self._cache, self._graph_rows = kv_cache, graph_rows
-        load = _Loader(checkpoint, self.device)
+        weights = Weights(checkpoint, config, self._on_device)
         length = min(max_model_len, config.max_positions, kv_cache.num_blocks * kv_cache.block_size)
         tables = rotary_tables(config, length, self.device)
-        self._embeddings = load("model.embed_tokens.weight")
-        self._layers = [_Layer(load, config, index, tables) for index in range(config.num_layers)]
-        self._final_norm = load("model.norm.weight").float()
-        self._head = Linear(self._head_weight(load))
+        self._embeddings = weights.embeddings()
+        self._layers = [_Layer(weights, config, index, tables) for index in range(config.num_layers)]
+        self._final_norm = weights.final_norm().float()
+        self._head = Linear(weights.head(self._embeddings))
         self._max_rows = max_rows
         self._limits = Limits(
             rows=max(max_rows, *graph_rows),
@@ -91,13 +88,8 @@ class Decoder:
         self._idle: list[Buffers] = []
         self._graphs = Graphs(self.device)
 
-    def _head_weight(self, load: _Loader) -> torch.Tensor:
-        if self.config.tied_embeddings and HEAD not in load.checkpoint.names():
-            return self._embeddings
-        head = load(HEAD)
-        if head.shape != self._embeddings.shape:
-            raise CheckpointError(f"{load.checkpoint.path}: tensor {HEAD} has shape {list(head.shape)}")
-        return head
+    def _on_device(self, stored: Stored) -> torch.Tensor:
+        return as_tensor(stored).to(self.device, COMPUTE_DTYPE)
 
     def start(self, token_ids: list[int], chunks: Sequence[SequenceChunk]) -> MicroBatch:
         """A micro-batch before its first layer. `token_ids` are those of all chunks, one chunk after the other."""
@@ -209,13 +201,3 @@ class Decoder:
         layer.gate(step.inputs, out=scores)
         live, local_ids = step.buffers.tables.live, scratch.local_ids[:rows]
         choose_experts(scores, live, scratch.ids[:rows], local_ids, step.topk_weights, self.config.normalize_topk)
-
-
-class _Loader:
-    """Reads tensors onto a device, as bf16."""
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.checkpoint, self._device = checkpoint, device
-
-    def __call__(self, name: str) -> torch.Tensor:
-        return as_tensor(self.checkpoint.tensor(name)).to(self._device, COMPUTE_DTYPE)

@@ -14,13 +14,15 @@ import torch
 from kernels import native_decoder as native
 from kernels.expert_ffn import numerics_fingerprint
 from kernels.linear import native_linear
+from kernels.tensors import as_packable
 from moering.checkpoint import Checkpoint
 from router.attention import angles
 from router.attention_plan import SequenceChunk
-from router.decoder import ATTENTION_WEIGHTS, HEAD_NORMS, Launched, head_weight, load, positions_of
+from router.decoder import Launched, positions_of
 from router.kv_cache import KVCache
 from router.micro_batch import MicroBatch
 from router.model_config import MoEModelConfig
+from router.weights import Weights
 
 
 @dataclass(eq=False, kw_only=True)
@@ -34,21 +36,19 @@ class NativeMicroBatch(MicroBatch):
 class _Layer:
     """The weights of one layer outside its experts."""
 
-    def __init__(self, checkpoint: Checkpoint, config: MoEModelConfig, index: int, cache: torch.Tensor) -> None:
-        prefix = f"model.layers.{index}"
-        names = ATTENTION_WEIGHTS + (HEAD_NORMS if config.head_norms else ())
-        weights = {name: load(checkpoint, f"{prefix}.self_attn.{name}.weight") for name in names}
+    def __init__(self, weights: Weights, config: MoEModelConfig, index: int, cache: torch.Tensor) -> None:
+        attention = weights.attention(index)
         products = {
-            "qkv": torch.cat([weights[name] for name in ("q_proj", "k_proj", "v_proj")]),
-            "o_proj": weights["o_proj"],
-            "gate": load(checkpoint, checkpoint.gate_name(index)),
+            "qkv": torch.cat([attention[name] for name in ("q_proj", "k_proj", "v_proj")]),
+            "o_proj": attention["o_proj"],
+            "gate": weights.gate(index),
         }
         norms = {
-            "attention_norm": load(checkpoint, f"{prefix}.input_layernorm.weight").float(),
-            "experts_norm": load(checkpoint, f"{prefix}.post_attention_layernorm.weight").float(),
+            "attention_norm": weights.attention_norm(index).float(),
+            "experts_norm": weights.experts_norm(index).float(),
         }
         if config.head_norms:
-            norms |= {"query_norm": weights["q_norm"].float(), "key_norm": weights["k_norm"].float()}
+            norms |= {"query_norm": attention["q_norm"].float(), "key_norm": attention["k_norm"].float()}
         packed = {name: native_linear(weight) for name, weight in products.items()}
         self.cache, self._memory = cache, (packed, norms)
         self._layer = native.Layer(
@@ -66,10 +66,11 @@ class Decoder:
         """Read the weights outside the experts; raise `CheckpointError` for an unsupported configuration."""
         self.config = config = MoEModelConfig.from_checkpoint(checkpoint)
         self.numerics = f"native {numerics_fingerprint('native')}"
-        self._embeddings = load(checkpoint, "model.embed_tokens.weight")
-        self._layers = [_Layer(checkpoint, config, i, kv_cache.layers[i]) for i in range(config.num_layers)]
-        self._final_norm = load(checkpoint, "model.norm.weight").float()
-        self._head = native_linear(head_weight(checkpoint, config, self._embeddings))
+        weights = Weights(checkpoint, config, as_packable)
+        self._embeddings = weights.embeddings()
+        self._layers = [_Layer(weights, config, i, kv_cache.layers[i]) for i in range(config.num_layers)]
+        self._final_norm = weights.final_norm().float()
+        self._head = native_linear(weights.head(self._embeddings))
         turns = angles(config, min(config.max_positions, kv_cache.num_blocks * kv_cache.block_size))
         self._cosines, self._sines = turns.cos().float(), turns.sin().float()
         self._model = native.Model(
