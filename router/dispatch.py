@@ -19,7 +19,7 @@ from moering.errors import ProtocolError
 from moering.protocol import View
 from router import race
 from router.balance import Balance
-from router.choose import Health
+from router.health import Health
 from router.instructions import Complete, Counters, Dispatch, Instruction, Poisoned, Role
 from router.outbox import Outbox
 from router.packing import Packet, split
@@ -168,7 +168,7 @@ class Dispatcher:
         routes = self.routes.now(now_s)
         return routes[layer, experts] >= 0 if len(routes) else np.zeros(len(experts), bool)
 
-    def how_even(self) -> tuple[list[float], list[float]]:
+    def load_balance(self) -> tuple[list[float], list[float]]:
         """Max/mean of late, by layer, of the rows of each expert and of those of each server. Call it every second."""
         return self.balance.report(self.routes.in_use)
 

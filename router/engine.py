@@ -236,8 +236,8 @@ class Engine:
         self._next_look_s = now + IDLE_POLL_MS / 1000
         if now >= self._next_report_s:
             self._next_report_s = now + REPORT_S
-            even = self._exchange.dispatcher.how_even()
-            self._frontend.report(self.counters(), self.gauges(), self._exchange.passed_over, *even)
+            balance = self._exchange.dispatcher.load_balance()
+            self._frontend.report(self.counters(), self.gauges(), self._exchange.passed_over, *balance)
         self._exchange.connect_missing()
         self._catch_up.tell(self._scheduler.catching_up)
         for sequence in self._scheduler.expired(now):

@@ -6,7 +6,8 @@ import numpy as np
 
 from moering.protocol import View
 from moering.tables import ways_of
-from router.choose import GONE, LATE, Health, choose, rank_all
+from router.choose import choose
+from router.health import GONE, LATE, Health, rank_all
 from router.packing import Packet, pack
 from router.sharing import Shares, find_shares, pack_shared
 from router.work import Work

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from router.choose import GONE
+from router.health import GONE
 from router.packing import Packet, pack, pack_for
 
 ROWS_PER_PART = 8

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from router import race
-from router.choose import GOOD
+from router.health import GOOD
 from router.instructions import Dispatch, Instruction, Role
 from router.packing import pack
 from router.quarantine import QUARANTINE_DEATHS

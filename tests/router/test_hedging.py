@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.choose import WEDGED_S
+from router.health import WEDGED_S
 from router.instructions import Complete, Poisoned, Role
 from router.pace import FLOOR_S, UNKNOWN_S
 from router.race import BUDGET_ROWS, BUDGET_SHARE

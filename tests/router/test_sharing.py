@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from router.choose import DOUBTED, GONE, GOOD
+from router.health import DOUBTED, GONE, GOOD
 from router.packing import pack
 from router.sharing import ROWS_PER_PART, find_shares, pack_shared
 from tests import tiny
