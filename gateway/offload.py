@@ -1,4 +1,4 @@
-"""Work beside the event loop, where all streams would wait for it."""
+"""Moves long work to a thread, as all streams would wait for it on the event loop."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ MANY = 4096
 """Characters, tokens or numbers: this many take milliseconds."""
 
 
-async def aside(size: int, function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)`, which works on so many of them: on `MANY` or more in a thread."""
+async def offload(size: int, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, which works on `size` characters, tokens or numbers: in a thread from `MANY` on."""
     if size < MANY:
         return function(*args)
     return await asyncio.get_running_loop().run_in_executor(None, function, *args)

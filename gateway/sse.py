@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
-from gateway.aside import MANY, aside
+from gateway.offload import MANY, offload
 from gateway.stall import StallGuard, Watched
 
 DONE = b"data: [DONE]\n\n"
@@ -34,9 +34,9 @@ def _text(value: Any, ensure_ascii: bool, in_pieces: bool) -> str:
     return text.getvalue()
 
 
-async def dumps_aside(value: Any, size: int) -> bytes:
-    """`dumps` of what holds so many values."""
-    return await aside(size, dumps, value, size >= MANY)
+async def dumps_offloaded(value: Any, size: int) -> bytes:
+    """`dumps` of a value that holds `size` numbers or texts, in a thread if they are many."""
+    return await offload(size, dumps, value, size >= MANY)
 
 
 class EventStream:
@@ -55,7 +55,7 @@ class EventStream:
 
     async def send(self, event: dict[str, Any], size: int = 0) -> None:
         """Write one event, of `size` values; waits only for this connection, and only when its buffer is full."""
-        await self.write(b"data: " + await dumps_aside(event, size) + b"\n\n")
+        await self.write(b"data: " + await dumps_offloaded(event, size) + b"\n\n")
 
     async def write(self, data: bytes) -> None:
         """Write bytes that are whole events."""
@@ -69,7 +69,7 @@ class EventStream:
 
 async def send_json(request: web.Request, guard: StallGuard, body: Any, size: int = 0) -> web.StreamResponse:
     """Write a whole JSON response, of `size` values, under watch: aiohttp itself would wait for a reader for ever."""
-    response = web.Response(body=await dumps_aside(body, size), content_type="application/json")
+    response = web.Response(body=await dumps_offloaded(body, size), content_type="application/json")
     transport = request.transport
     if transport is None:
         raise ConnectionResetError("the client is gone")

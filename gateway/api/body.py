@@ -7,10 +7,10 @@ from typing import Any
 
 from aiohttp import web
 
-from gateway.aside import aside
 from gateway.errors import ApiError, bad_request
 from gateway.fields import Body
 from gateway.model import Model
+from gateway.offload import offload
 
 
 async def read_json(request: web.Request) -> Body:
@@ -48,7 +48,7 @@ async def encode(model: Model, text: str, param: str, add_special_tokens: bool) 
             param,
             "context_length_exceeded",
         )
-    return await aside(len(text), model.encode, text, param, add_special_tokens)
+    return await offload(len(text), model.encode, text, param, add_special_tokens)
 
 
 async def decode(model: Model, ids: list[int], param: str) -> str:
@@ -59,4 +59,4 @@ async def decode(model: Model, ids: list[int], param: str) -> str:
             param,
             "context_length_exceeded",
         )
-    return await aside(len(ids), model.decode, ids)
+    return await offload(len(ids), model.decode, ids)

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from aiohttp import web
 
-from gateway.aside import aside
 from gateway.errors import ApiError
 from gateway.formats import Format, Object
 from gateway.generation import Generation
+from gateway.offload import offload
 from gateway.output import ChoiceOutput, Delta
 from gateway.services import Services
 from gateway.sse import DONE, EventStream, send_json
@@ -46,7 +46,7 @@ async def _whole(
             whole.tokens += delta.tokens
             whole.finish_reason = delta.finish_reason
     size = _scores(generation.outputs[0], wholes)
-    body = await aside(size, formatter.response, generation.outputs, wholes, usage(generation))
+    body = await offload(size, formatter.response, generation.outputs, wholes, usage(generation))
     return await send_json(request, services.guard, body, size)
 
 
@@ -90,7 +90,7 @@ async def _send_deltas(
             await stream.send(chunk)
     for output, delta in deltas:
         size = _scores(output, [delta])
-        event = await aside(size, formatter.chunk, output, delta)
+        event = await offload(size, formatter.chunk, output, delta)
         if event is not None:
             await stream.send(event, size)
 

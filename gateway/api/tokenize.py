@@ -7,9 +7,9 @@ from aiohttp import web
 from gateway import fields
 from gateway.api.body import check_model, decode, encode, read_json
 from gateway.api.chat import render
-from gateway.aside import aside
 from gateway.errors import bad_request
 from gateway.model import Model
+from gateway.offload import offload
 from gateway.request import refuse_unimplemented
 from gateway.services import SERVICES
 from gateway.sse import send_json
@@ -29,7 +29,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     # A chat template writes the special tokens itself.
     tokens = await encode(model, text, param, fields.boolean(body, "add_special_tokens", not chat))
     with_strings = fields.boolean(body, "return_token_strs", False)
-    strings = await aside(len(tokens), _strings, model, tokens) if with_strings else None
+    strings = await offload(len(tokens), _strings, model, tokens) if with_strings else None
     answer = {
         "count": len(tokens), "max_model_len": model.context_tokens, "tokens": tokens, "token_strs": strings,
     }  # fmt: skip
