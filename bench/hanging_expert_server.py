@@ -12,8 +12,8 @@ import time
 from types import FrameType
 from typing import Any
 
-from expert_server.__main__ import ExpertServer
 from expert_server.config import Config
+from expert_server.process import ExpertServer
 from moering.process import run_main
 
 HANG_S = 2.0

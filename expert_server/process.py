@@ -1,8 +1,9 @@
-"""`python -m expert_server`: joins a cluster, loads what the plan gives it, serves, and leaves on SIGTERM.
+"""An expert server's process: joins a cluster, loads what the plan gives it, serves, and leaves on SIGTERM.
 
-Threads, in the order of their start: *connections*, *compute*, *lease* and *loader*. That one imports torch and loads
-the first experts on a thread of low priority, so that a joining process takes little from those that serve; unless it
-is to bring orphans, for which requests wait: then it joins with these. What comes later it loads itself.
+Threads, in the order of their start: *connections*, *compute*, *lease* and *loader*. The loader has torch imported and
+the first experts loaded by one more thread, of low priority, so that a joining process takes little from those that
+serve. Orphans, for which requests wait, it loads itself, at normal priority, and joins with them; so it does all later
+experts.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from moering.leader import finder
 from moering.lease import LeaseClient
 from moering.lease_session import LeaseSession
 from moering.priority import at_low_priority
-from moering.process import end, incarnation, install_signal_handlers, run_main
+from moering.process import incarnation, install_signal_handlers
 from moering.protocol import Held, Lease, Leave, MemberInfo, Register, View
 
 logger = logging.getLogger(__name__)
@@ -236,12 +237,3 @@ class ExpertServer:
     def _report(self) -> None:
         held, digests = self.residency.report()
         self.lease.send(Held(self.id, self.incarnation, held, digests))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    return run_main("expert-server", Config, lambda config: ExpertServer(config).run(), argv)
-
-
-if __name__ == "__main__":
-    end(main())  # it may still be loading

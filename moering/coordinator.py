@@ -34,7 +34,7 @@ from moering.protocol import MemberInfo, Refused, View
 if TYPE_CHECKING:
     from moering.election import Election
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("moering.coordinator")  # not `__main__`, which it is when it runs
 
 TICK_S = 0.05
 BATCH = 256

@@ -2,9 +2,9 @@
 
 from types import SimpleNamespace
 
-from expert_server import __main__ as product
-from expert_server.__main__ import ExpertServer
+from expert_server import process as product
 from expert_server.config import Config
+from expert_server.process import ExpertServer
 from tests.fp8 import quantize
 from tests.tiny import write_checkpoint
 

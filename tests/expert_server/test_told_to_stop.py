@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from expert_server import __main__ as product
-from expert_server.__main__ import ExpertServer
+from expert_server import process as product
 from expert_server.config import Config
+from expert_server.process import ExpertServer
 from moering.protocol import MemberInfo, View
 from tests.integration.cluster import REPO, wait_for
 from tests.moering.stubs import DEADLINE_S

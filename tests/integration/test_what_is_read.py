@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from expert_server.__main__ import ExpertServer
 from expert_server.config import Config as ExpertConfig
+from expert_server.process import ExpertServer
 from moering.checkpoint import Checkpoint
 from moering.protocol import Leave
 from router.config import Config as RouterConfig

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from expert_server import __main__ as product
+from expert_server import process as product
+from expert_server.__main__ import main
 from expert_server.service import Service
 from moering import process
 from moering.expert_frames import Reply
@@ -97,4 +98,4 @@ if __name__ == "__main__":
     advertise_relay(agent)
     install(agent)
     points_at_etcd(agent)
-    process.end(product.main())
+    process.end(main())
