@@ -10,7 +10,7 @@ from moering.expert_frames import Dispatch
 from moering.shared_rows import ARRAYS
 
 FEW_PAIRS = 64
-"""Up to so many lists are faster than arrays."""
+"""Up to so many pairs, lists are faster than arrays."""
 
 
 class Limits(NamedTuple):

@@ -2,8 +2,8 @@
 
 What one fp8 scale covers of K, 128, gets an accumulator of its own, which is scaled and added by one fused multiply-add
 per element, in ascending order of K. An MXFP4 scale is a power of two and part of the widened weight, so that one
-accumulator runs over K. So a row's bits depend on nothing else here too, as long
-as a tile has at least 64 weight rows: below that Triton multiplies by mma.sync, with K in another order for these.
+accumulator runs over K. So a row's bits depend on nothing else here too, as long as a tile has at least 64 weight rows:
+below that Triton multiplies by mma.sync, with K in another order for these.
 The weights are always the left operand, whose registers feed the product; gate and up rows are one operand.
 
 Weights are repacked once (`quantized_weight.py`), so that a thread reads 16 bytes of a row at a time, and only its own.

@@ -8,6 +8,8 @@
     ├── ProtocolError      a frame from a peer breaks the wire format
     ├── HandshakeError     a peer that must not be talked to; never retried
     └── PlanError          no placement satisfies what was asked
+
+Some modules have one more of their own: `EtcdError`, `HttpError`, `StartFailed`, and `NoRoom` of an expert server.
 """
 
 

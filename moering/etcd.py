@@ -1,4 +1,4 @@
-"""What moering asks of etcd (3.4 or later): one key's value, transactions, leases, and a doorbell for one key.
+"""What moering asks of etcd (3.4 or later): one key's value, transactions, leases, and word that one key has changed.
 
 It speaks etcd's own JSON gateway with aiohttp, which the gateway process needs anyway; no gRPC, no protobuf. Numbers
 travel as strings there, keys and values in base64, and fields that are zero or false are left out.
@@ -135,8 +135,8 @@ class Etcd:
     async def wait_for_change(self, key: str, since: int, for_s: float) -> None:
         """Return when `key` is written or deleted at revision `since` or later, at the latest after `for_s`.
 
-        A doorbell only: read the key afterwards. The time is a bound because a node that was cut off from the others
-        says nothing for ever.
+        It does not say what changed: read the key afterwards. The time is bounded because a node that was cut off from
+        the others says nothing for ever.
         """
         request = {"create_request": {"key": _text(key), "start_revision": str(since)}}
         try:

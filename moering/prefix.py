@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Sequence
 
 BLOCK_TOKENS = 512
-"""Tokens of a KV block, the unit in which prefixes are cached."""
+"""Tokens of a KV block of a router on a CPU. One on a GPU caches smaller blocks; a gateway always goes by this many."""
 _KEY_BYTES = 16
 
 

@@ -1,10 +1,11 @@
 """``moering status``: what the gateway knows of the cluster, as a table or as its JSON.
 
 The JSON of ``GET /admin/status`` is ``{"epoch": int, "failures_survivable": int, "failures_restorable": int, "orphans":
-int, "under_target": int, "processes": [{"id", "kind", "pid", "state", "incarnation", "address", "experts", "zone"}]}``.
-``failures_survivable`` is -1 while an expert has no live replica (is an orphan), ``failures_restorable`` while the
-servers there are cannot hold all replicas in different failure domains. ``under_target`` counts experts with fewer live
-replicas than wanted.
+int, "under_target": int, "router_counters": {name: number}, "processes": [{"id", "kind", "pid", "state", "incarnation",
+"address", "experts", "zone", "passed_over"}]}``. ``failures_survivable`` is -1 while an expert has no live replica (is
+an orphan), ``failures_restorable`` while the servers there are cannot hold all replicas in different failure domains.
+``under_target`` counts experts with fewer live replicas than wanted. ``router_counters`` are the sums over all routers.
+``passed_over`` of an expert server maps each router that lets others come first to its reason.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Config:
     max_num_batched_tokens: int = option(256, "rows of one step")
     max_model_len: int = option(0, "tokens of one sequence; 0: what the checkpoint allows")
     kv_cache_mb: int = option(2048, "memory of the KV cache")
-    prefix_caching: bool = option(True, "compute the tokens that prompts begin with once (whole blocks of 512)")
+    prefix_caching: bool = option(True, "compute equal prefixes of prompts once, by blocks of 512 tokens, 64 on a GPU")
     micro_batches: int = option(
         0, "micro-batches in flight: while one waits for experts another computes attention; 0: 2 on a GPU, else 1"
     )

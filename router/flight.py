@@ -17,8 +17,7 @@ from router.scheduler import Batch, ScheduledChunk
 from router.sequence import Sequence as Request
 
 FEW_ROWS = 48
-"""Below this many rows one thread is enough: a second one takes the core from the expert servers of the machine (two
-cores, 8 streams: 91 against 68 tokens/s, when it still spun for more work)."""
+"""Below this many rows one thread is enough: a second one takes the core from the expert servers of the machine."""
 
 
 class Flight:

@@ -9,8 +9,6 @@ import torch
 from router.attention_plan import SequenceChunk
 from router.expert_rows import HostRows
 
-__all__ = ["MicroBatch", "SequenceChunk"]
-
 
 @dataclass(eq=False, kw_only=True)
 class MicroBatch:

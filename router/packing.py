@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 FEW_PAIRS = 64
-"""Up to so many pairs lists are the faster way."""
+"""Up to so many pairs, lists are faster than arrays."""
 _BITS, _MASK = 28, (1 << 28) - 1  # of a slot and of an expert in one key
 
 

@@ -44,7 +44,7 @@ class Parking:
         self._fail, self._drop = fail, drop
 
     def park(self, flight: Flight, missing: np.ndarray, deaths: np.ndarray, now_s: float) -> Flight | None:
-        """`missing` slots of this flight have no live replica."""
+        """`missing` slots of this flight have no live replica. Returns the rows that need not wait, if any."""
         flight.missing, flight.missing_deaths, flight.was_parked = missing, deaths, True
         flight.expert_rows.keep()  # it may wait for long, and servers have few slots for answers
         if flight.waits_since_s is None:
@@ -54,7 +54,7 @@ class Parking:
         return self._sort(flight)
 
     def look(self, now_s: float) -> list[Flight]:
-        """Time has passed."""
+        """Fail what has waited for too long, and apply the policies to the rest."""
         going_on = []
         for flight in list(self.flights):
             since_s = flight.waits_since_s

@@ -18,10 +18,11 @@ class Status(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request and its progress. The scheduler alone changes the fields after `renormalized`.
+    """A request and its progress.
 
     `output` starts as what the client already has (a request resumed from another router), so the next token's
-    position is `len(output)` and penalties, limits and the prompt's length are what they would have been there.
+    position is `len(output)` and penalties, limits and the prompt's length are what they would have been there. The
+    fields from `status` on are the scheduler's and its prefix cache's, but for `shareable`, which the engine clears.
     """
 
     request_id: str
