@@ -72,7 +72,8 @@ class ExpertServer:
         self.loader = Loader(self.id, self._load, self.residency, self._report, self._announce, pace.rest_s)
         self.state = "JOINING"
         self._identity = MemberInfo(
-            "expert-server", self.id, self.incarnation, self.address, os.getpid(), "JOINING", config.zone, 0, 0
+            "expert-server", self.id, self.incarnation, self.address, os.getpid(), "JOINING", config.zone, capacity=0,
+            experts=0,
         )  # fmt: skip
         self.view: View | None = None
         self._fingerprint = ""
@@ -204,8 +205,8 @@ class ExpertServer:
         held, _ = self.residency.report()
         cp = self.checkpoint
         return Register(
-            self._member(), cp.path.name, cp.digest, cp.num_layers, cp.num_experts, self._fingerprint, held, None,
-            cp.expert_bytes,
+            self._member(), cp.path.name, cp.digest, cp.num_layers, cp.num_experts, self._fingerprint, held, view=None,
+            expert_bytes=cp.expert_bytes,
         )  # fmt: skip
 
     def _member(self) -> MemberInfo:
@@ -221,8 +222,8 @@ class ExpertServer:
     def _lease(self) -> Lease:
         view = self.view
         return Lease(
-            self.id, self.incarnation, self.state, self.service.progress, self.service.queued, [],
-            view.term if view else 0, view.epoch if view else 0, b"",
+            self.id, self.incarnation, self.state, self.service.progress, self.service.queued, suspects=[],
+            term=view.term if view else 0, epoch=view.epoch if view else 0, loads=b"",
         )  # fmt: skip
 
     def _on_view(self, view: View) -> None:

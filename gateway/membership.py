@@ -40,13 +40,18 @@ async def joined(services: Services, on_refused: Callable[[], None]) -> AsyncIte
 
     def register() -> Register:
         name = services.model.checkpoint_name
-        return Register(services.member(), name, "", 0, 0, "", b"", None)
+        return Register(
+            services.member(), name, digest="", layers=0, experts=0, fingerprint="", held=b"", view=None
+        )  # fmt: skip
 
     def lease() -> Lease:
         view = services.cluster.view
         term, epoch = (0, 0) if view is None else (view.term, view.epoch)
         state, queued = services.member().state, len(services.journal)
-        return Lease(own.server_id, own.incarnation, state, progress.turns, queued, [], term, epoch, b"")
+        return Lease(
+            own.server_id, own.incarnation, state, progress.turns, queued, suspects=[], term=term, epoch=epoch,
+            loads=b"",
+        )  # fmt: skip
 
     def refused(reason: str) -> None:
         logger.error("the coordinator refuses this gateway: %s", reason)

@@ -165,8 +165,9 @@ def _own(config: Config, port: int) -> MemberInfo:
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{port}"
     return MemberInfo(
-        "gateway", config.server_id, process.incarnation(), address, os.getpid(), "JOINING", config.zone, 0, 0
-    )
+        "gateway", config.server_id, process.incarnation(), address, os.getpid(), "JOINING", config.zone,
+        capacity=0, experts=0,
+    )  # fmt: skip
 
 
 def _resolve(future: asyncio.Future[int], status: int) -> None:

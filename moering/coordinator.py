@@ -81,7 +81,9 @@ class Coordinator:
             config.expert_servers, config.replication, config.lease_s, config.rejoin_grace_s, config.settle_s,
             config.allow_inexact, config.rebalance_s,
         )  # fmt: skip
-        self._own = MemberInfo("coordinator", config.id, incarnation(), self.address, os.getpid(), "ONLINE", "", 0, 0)
+        self._own = MemberInfo(
+            "coordinator", config.id, incarnation(), self.address, os.getpid(), "ONLINE", zone="", capacity=0, experts=0
+        )  # fmt: skip
         self.membership = Membership(self._rules, self._own, clock(), epoch_s=self._epoch_s())
         self._feed = EventFeed()
         self.bad_frames = 0

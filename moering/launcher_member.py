@@ -24,7 +24,10 @@ class LauncherMember:
     """Starts, ends and lets go processes as the operations of each view say. To be made on the running loop."""
 
     def __init__(self, server_id: str, coordinator: Finder, supervisor: Supervisor, make: Make) -> None:
-        self._own = MemberInfo("launcher", server_id, incarnation(), "", os.getpid(), "ONLINE", "", 0, 0)
+        self._own = MemberInfo(
+            "launcher", server_id, incarnation(), address="", pid=os.getpid(), state="ONLINE", zone="", capacity=0,
+            experts=0,
+        )  # fmt: skip
         self._supervisor, self._make = supervisor, make
         self._applied = (0, 0)  # term and epoch
         loop = asyncio.get_running_loop()
@@ -41,11 +44,17 @@ class LauncherMember:
         self._client.close(Leave(self._own.server_id, self._own.incarnation))
 
     def _register(self) -> Register:
-        return Register(self._own, "", "", 0, 0, "", b"", None)
+        return Register(
+            self._own, model="", digest="", layers=0, experts=0, fingerprint="", held=b"", view=None
+        )  # fmt: skip
 
     def _lease(self) -> Lease:
         own = self._own
-        return Lease(own.server_id, own.incarnation, own.state, 0, 0, [], *self._applied, b"")
+        term, epoch = self._applied
+        return Lease(
+            own.server_id, own.incarnation, own.state, progress=0, queued=0, suspects=[], term=term, epoch=epoch,
+            loads=b"",
+        )  # fmt: skip
 
     def _on_refused(self, reason: str) -> None:
         logger.error("the coordinator refuses this launcher (%s): it will carry out no operation", reason)

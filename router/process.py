@@ -64,7 +64,8 @@ class Router:
         self.lease = LeaseClient(coordinator, session)
         self.state = "ONLINE"
         self._identity = MemberInfo(
-            "router", self.id, self.incarnation, self.address, os.getpid(), self.state, config.zone, 0, 0
+            "router", self.id, self.incarnation, self.address, os.getpid(), self.state, config.zone, capacity=0,
+            experts=0,
         )  # fmt: skip
         self._view: View | None = None
         self._terminated = False  # by SIGTERM
@@ -86,7 +87,9 @@ class Router:
     def _register(self) -> Register:
         c = self.checkpoint
         member = replace(self._identity, state=self.state)
-        return Register(member, self.model, c.digest, c.num_layers, c.num_experts, self.engine.numerics, b"", None)
+        return Register(
+            member, self.model, c.digest, c.num_layers, c.num_experts, self.engine.numerics, held=b"", view=None
+        )  # fmt: skip
 
     def _lease(self) -> Lease:
         engine, view = self.engine, self.engine.view
