@@ -184,11 +184,16 @@ def numerics_fingerprint(device: torch.device) -> str:
     gate, up, down = (fixed_values(i, (inter, hidden)) for i in range(3))
     w13, w2 = torch.cat((gate, up))[None], down.T.contiguous()[None]
     experts = GroupedExperts(w13.to(device, torch.bfloat16), w2.to(device, torch.bfloat16))
-    x = (fixed_values(3, (max(PROBE_ROWS), hidden)) * 16).to(device, torch.bfloat16)
+    return output_digest(experts, fixed_values(3, (max(PROBE_ROWS), hidden)) * 16, device)
+
+
+def output_digest(experts: Any, rows: torch.Tensor, device: torch.device) -> str:
+    """Hash of expert 0's output at the first 1, 2, 5 and 64 of `rows` [64, hidden], by the `forward` of `experts`."""
+    x = rows.to(device, torch.bfloat16)
     digest = hashlib.blake2b(digest_size=16)
-    for rows in PROBE_ROWS:
-        ids = torch.zeros(rows, dtype=torch.int32, device=device)
-        digest.update(experts.forward(x[:rows], ids).float().cpu().numpy().tobytes())
+    for count in PROBE_ROWS:
+        ids = torch.zeros(count, dtype=torch.int32, device=device)
+        digest.update(experts.forward(x[:count], ids).float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

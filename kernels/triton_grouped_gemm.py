@@ -42,7 +42,8 @@ def _locate(index, tiles_ptr, n_blocks, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _multiply(x, w, acc, SWAP: tl.constexpr):
+def multiply(x, w, acc, SWAP: tl.constexpr):
+    """acc + x @ w.T for x [M, K] and w [N, K]: [M, N], or with SWAP its transpose, [N, M]."""
     if SWAP:
         return tl.dot(w, x.T, acc)
     else:
@@ -50,7 +51,8 @@ def _multiply(x, w, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _zeros(M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr):
+def zeros(M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr):
+    """The accumulator that `multiply` begins with, float32."""
     if SWAP:
         return tl.zeros((N, M), tl.float32)
     else:
@@ -115,10 +117,10 @@ def _down_tile(
 ):  # fmt: skip
     m = tl.arange(0, BLOCK_M)
     live = m < rows
-    acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    acc = zeros(BLOCK_M, BLOCK_N, SWAP)
     for k0 in range(0, intermediate, BLOCK_K):
         # rows past the tile belong to others: they are read, and their products not stored
-        acc = _multiply(act_desc.load([start, k0]), w_desc.load([w_row, k0]), acc, SWAP)
+        acc = multiply(act_desc.load([start, k0]), w_desc.load([w_row, k0]), acc, SWAP)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if BIAS:
         acc = add_bias(acc, bias_ptr + (w_row - block_n * BLOCK_N), n, n < hidden, SWAP)

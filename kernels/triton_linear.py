@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.triton_grouped_gemm import _multiply, _zeros
+from kernels.triton_grouped_gemm import multiply, zeros
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ def linear_kernel(
     live = m < rows
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
-    acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    acc = zeros(BLOCK_M, BLOCK_N, SWAP)
     for k0 in range(0, depth, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs + k0, mask=live[:, None], other=0.0)
         else:
             x = tl.load(x_ptrs + k0, mask=live[:, None] & (k[None, :] < depth - k0), other=0.0)
-        acc = _multiply(x, w_desc.load([column, k0]), acc, SWAP)
+        acc = multiply(x, w_desc.load([column, k0]), acc, SWAP)
     if SWAP:
         acc = acc.T
     n = column + tl.arange(0, BLOCK_N)

@@ -6,7 +6,6 @@ The arithmetic: `triton_small_tiles`; with many rows per expert `gluon_quantized
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ import triton
 
 from kernels.expert_ffn import PROBE_ROWS, fixed_values
 from kernels.quantized_weight import COLUMNS, QuantizedWeight, pack_fp8
-from kernels.triton_expert_ffn import check_biases
+from kernels.triton_expert_ffn import check_biases, output_digest
 from kernels.triton_grouping import Grouping, PairGrouper
 from kernels.triton_small_tiles import Cut, SmallTiles, SmallTiling
 from kernels.triton_tiling import FFNTiling, RingTiling, Tiling
@@ -227,12 +226,7 @@ def fp8_fingerprint(device: torch.device) -> str:
     """As `triton_expert_ffn.numerics_fingerprint`, of an expert with fp8 weights."""
     hidden, inter = 640, 896
     experts = QuantizedExperts(_fixed_fp8(0, 2 * inter, hidden, device), _fixed_fp8(1, hidden, inter, device))
-    x = (fixed_values(2, (max(PROBE_ROWS), hidden)) * 16).to(device, torch.bfloat16)
-    digest = hashlib.blake2b(digest_size=16)
-    for rows in PROBE_ROWS:
-        ids = torch.zeros(rows, dtype=torch.int32, device=device)
-        digest.update(experts.forward(x[:rows], ids).float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return output_digest(experts, fixed_values(2, (max(PROBE_ROWS), hidden)) * 16, device)
 
 
 def _fixed_fp8(stream: int, rows: int, depth: int, device: torch.device) -> QuantizedWeight:
