@@ -142,11 +142,7 @@ class Service(threading.Thread):
 
     def _greet(self, identity: bytes, hello: Hello) -> Welcome | Refused:
         if (hello.model, hello.digest) != (self._model, self._digest):
-            return Refused(
-                f"{self._server_id} serves {self._model} with digest {self._digest:.16}…, "
-                f"{hello.server_id} asks for {hello.model} with digest {hello.digest:.16}…",
-                fatal=True,
-            )
+            return Refused(hello.asks_for_another(self._server_id, self._model, self._digest), fatal=True)
         dtype = self._dtype if hello.dtype == self._dtype else "float32"
         slot_rows = self._segments.open(identity, hello.server_id, hello.shared_rows, hello.shared_slots, dtype)
         pairs = self._most_pairs[dtype]

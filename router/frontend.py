@@ -106,10 +106,7 @@ class Frontend:
             self._gateways.add(identity)
             self._send(identity, self._welcome)
             return
-        reason = (
-            f"{self._welcome.server_id} serves {self._model} with digest {self._digest:.16}…, "
-            f"{hello.server_id} asks for {hello.model} with digest {hello.digest:.16}…"
-        )
+        reason = hello.asks_for_another(self._welcome.server_id, self._model, self._digest)
         logger.warning("refused a hello: %s", reason)
         self._send(identity, Refused(reason, fatal=True))
 

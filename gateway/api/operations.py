@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 from aiohttp import web
 
 from gateway.errors import ApiError
 from gateway.services import SERVICES
+from moering import __version__
 
 
 async def health(request: web.Request) -> web.Response:
@@ -31,7 +30,4 @@ async def metrics(request: web.Request) -> web.Response:
 
 async def get_version(request: web.Request) -> web.Response:
     """The release that is running."""
-    try:
-        return web.json_response({"version": version("moering")})
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return web.json_response({"version": "unknown"})
+    return web.json_response({"version": __version__})

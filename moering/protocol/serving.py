@@ -24,6 +24,13 @@ class Hello:
     dtype: str = "float32"  # that a router would like rows to have, if that is what the server computes in
     doorbell: str = ""  # pipes for the messages about rows in shared memory (`moering.doorbell`)
 
+    def asks_for_another(self, server_id: str, model: str, digest: str) -> str:
+        """The reason with which the server of this id, model and digest refuses."""
+        return (
+            f"{server_id} serves {model} with digest {digest:.16}…, "
+            f"{self.server_id} asks for {self.model} with digest {self.digest:.16}…"
+        )
+
 
 @message("welcome")
 @dataclass(frozen=True, slots=True)
