@@ -30,6 +30,7 @@ def away(m: Moment) -> Iterator[None]:
     finally:
         if m.cell.how == "SIGKILL":  # whoever runs it starts it again, with its data
             m.arena.etcd.start()
+    _wait_office(m.arena)
     _check_serves(m.arena)
 
 
@@ -38,6 +39,12 @@ def _missing(m: Moment) -> list[Gate]:
     needs = {"method": "kv/txn"} if m.other else {}
     notes = [m.arena.hub.arm("coordinator", "missing", "note", match=needs)]
     return [*notes, *([m.arena.hub.arm(m.spare.server_id, "missing", "note")] if m.spare else [])]
+
+
+def _wait_office(arena: Arena) -> None:
+    """Until the coordinator's lease is renewed, or another election is won: etcd may have let it lapse meanwhile."""
+    asked_again = arena.hub.arm("coordinator", "asking", "note", match={"method": "lease/keepalive"}, skip=1)
+    asked_again.wait_fired()
 
 
 def _check_serves(arena: Arena) -> None:
