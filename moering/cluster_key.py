@@ -15,32 +15,23 @@ thread as well, with lists of addresses and directories of keys that nobody need
 from __future__ import annotations
 
 import functools
-import itertools
-import logging
 import os
 import threading
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
 from zmq.utils import z85
-from zmq.utils.monitor import parse_monitor_message
 
 from moering.errors import ConfigError
 
 KEY_HELP = "file with the cluster key, of `moering keygen`: who has it is admitted, and all zmq traffic is encrypted"
-SAY_AGAIN_S = 60.0
-REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 FRAME_OVERHEAD_BYTES = 33
 """What encryption adds to a frame: the command's name, a nonce, a checksum and the frame's flags."""
 _ZAP = "inproc://zeromq.zap.01"
 _FILE_BYTES = 1000  # more than any key file has
 
 Context = zmq.Context[zmq.Socket[bytes]]
-logger = logging.getLogger(__name__)
-_said_at_s: dict[str, float] = {}
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -113,61 +104,3 @@ def _keep_door(handler: zmq.Socket[bytes]) -> None:
         admitted = mechanism == b"CURVE" and credentials == [z85.decode(domain)]
         status = [b"200", b"OK"] if admitted else [b"400", b"not a member"]
         handler.send_multipart([version, request, *status, b"", b""])  # no user id, no metadata
-
-
-# --- what is said of those who are refused ---
-
-
-def watch(socket: Any, events: int) -> zmq.Socket[bytes]:
-    """A socket that receives these events of `socket`, until that is closed or watched anew.
-
-    Not pyzmq's `get_monitor_socket`: it names the pair's address after the socket's descriptor, which a new socket may
-    have got before libzmq has let go of the old one's address (EADDRINUSE, 8 times in 20,000).
-    """
-    address = f"inproc://events-{next(_numbers)}"
-    socket.monitor(address, events)
-    monitor: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR)
-    monitor.connect(address)
-    return monitor
-
-
-def log_refusals(socket: Any) -> None:
-    """Log on a thread of its own whom a listening socket refuses, until it is closed or watched anew."""
-    monitor = watch(socket, REFUSALS | zmq.EVENT_MONITOR_STOPPED)
-    threading.Thread(target=_log_refusals, args=(monitor,), name="refusals", daemon=True).start()
-
-
-def _log_refusals(monitor: zmq.Socket[bytes]) -> None:
-    with monitor:
-        while (event := parse_monitor_message(monitor.recv_multipart()))["event"] != zmq.EVENT_MONITOR_STOPPED:
-            say_refusal(event, keyed=True)
-
-
-def say_refusal(event: Any, *, keyed: bool) -> None:
-    """Log why a connection was refused, if this event of a socket's monitor says that it was for want of the key.
-
-    `keyed`: whether the socket has one. Any other event is passed over.
-    """
-    if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-        reason = {
-            zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC: "the other process has another cluster key",
-            zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: (
-                "the other process has no cluster key, this one has"
-                if keyed
-                else "the other process has a cluster key, this one has none"
-            ),
-        }.get(event["value"])
-    elif event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-        reason = "the connecting process has another cluster key"
-    else:
-        reason = None
-    if reason is not None:
-        say_seldom(f"no connection at {event['endpoint'].decode()}: {reason} (--key)")
-
-
-def say_seldom(text: str) -> None:
-    """Log a warning, at most once a minute: who is refused tries again and again."""
-    now_s = time.monotonic()
-    if now_s - _said_at_s.get(text, -SAY_AGAIN_S) >= SAY_AGAIN_S:
-        _said_at_s[text] = now_s
-        logger.warning(text)

@@ -17,10 +17,10 @@ from typing import Any
 import zmq
 
 from moering import protocol, transport
-from moering.cluster_key import REFUSALS, say_seldom
 from moering.errors import ProtocolError
 from moering.leader import Finder, Seat
 from moering.lease_session import LeaseSession
+from moering.refusals import REFUSALS, say_seldom
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,10 @@ from urllib.parse import urlsplit
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from moering.cluster_key import FRAME_OVERHEAD_BYTES, REFUSALS, ClusterKey, log_refusals, say_refusal, watch
+from moering.cluster_key import FRAME_OVERHEAD_BYTES, ClusterKey
 from moering.errors import ConfigError
 from moering.protocol import MAX_FRAME_BYTES
+from moering.refusals import REFUSALS, log_refusals, say_refusal, watch
 from moering.time_slice import short_slice
 
 SPIN_S = 0.002

@@ -16,7 +16,7 @@ import pytest
 import zmq
 
 from moering import cli, protocol, transport
-from moering.cluster_key import ClusterKey, say_seldom
+from moering.cluster_key import ClusterKey
 from moering.coordinator import Config
 from moering.errors import ConfigError
 from moering.leader import Fixed, Seat
@@ -24,6 +24,7 @@ from moering.lease import LeaseClient
 from moering.lease_session import LeaseSession
 from moering.process import run_main
 from moering.protocol import Lease, Leave, Registered
+from moering.refusals import say_seldom
 from tests.faults.relay import Relay
 from tests.integration.cluster import wait_for
 from tests.keys import new_key, using
