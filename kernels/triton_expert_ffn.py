@@ -2,7 +2,7 @@
 
 See `triton_grouping` (which tile holds which pairs); the arithmetic: `triton_small_tiles` (few rows per expert),
 `triton_grouped_gemm` (many), `gluon_dense_tiles` (some dozens, on Hopper), `gluon_grouped_gemm` (many, on Hopper);
-docs/kernels.md (figures).
+docs/kernels.md (design, figures).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which tile each regime gets above a few pairs.
 
-Any choice gives the same bits; docs/kernels.md has the measurements behind these.
+Any choice gives the same bits; docs/kernels-log.md has the measurements behind these.
 """
 
 from __future__ import annotations
