@@ -127,10 +127,16 @@ def free_port() -> int:
 
 @contextlib.asynccontextmanager
 async def serving(
-    model: str, log: Path, flags: Sequence[str], ready_s: float, *, replicated: bool = True
+    model: str,
+    log: Path,
+    flags: Sequence[str],
+    ready_s: float,
+    *,
+    replicated: bool = True,
+    launcher: Sequence[str] = ("moering", "serve"),
 ) -> AsyncIterator[str]:
     """Run ``moering serve`` on a free port until the block ends; yields its URL once every expert has all its replicas,
-    or, without `replicated`, once /ready answers 200.
+    or, without `replicated`, once /ready answers 200. `launcher`: the module that serves, and what comes before MODEL.
 
     Its output goes to `log`. Raises `MoeringError` with the end of it when it does not get ready within `ready_s`.
     SIGTERM cancels the calling task, so that the cluster ends with the bench.
@@ -140,22 +146,22 @@ async def serving(
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    argv = [sys.executable, "-m", "moering", "serve", model, "--port", str(port), *flags]
+    argv = [sys.executable, "-m", *launcher, model, "--port", str(port), *flags]
     with log.open("wb") as out:
-        launcher = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
     try:
         try:
             async with asyncio.timeout(ready_s):
-                await _wait(url + "/ready", launcher)
+                await _wait(url + "/ready", process)
                 if replicated:
-                    await _wait(url + "/admin/status", launcher, lambda status: status["under_target"] == 0)
+                    await _wait(url + "/admin/status", process, lambda status: status["under_target"] == 0)
         except (MoeringError, TimeoutError) as e:
             tail = log.read_text(errors="replace")[-2000:]
             what = "ready with all replicas" if replicated else "ready"
             raise MoeringError(f"moering serve did not get {what} within {ready_s:.0f} s ({e}). {log}:\n{tail}") from e
         yield url
     finally:
-        await asyncio.to_thread(stop, launcher)
+        await asyncio.to_thread(stop, process)
 
 
 @contextlib.asynccontextmanager
