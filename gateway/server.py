@@ -114,11 +114,15 @@ async def told_to_stop(stop: asyncio.Future[int], told_to_leave: asyncio.Event) 
 
 async def lame_duck(services: Services, runner: web.AppRunner) -> None:
     """Serve on over connections that are there, each of whose answers closes its own: a client that sends just now gets
-    its answer. For a moment; if an operation ends this process, until the last request has ended by itself."""
+    its answer. For a moment; if an operation ends this process, for a moment after the last request has ended by
+    itself: an answer that began before does not close its connection, on which the client may send the next request."""
     loop = asyncio.get_running_loop()
-    begun, limit_s = loop.time(), services.config.request_timeout_s
-    while runner.server is not None and runner.server.connections and loop.time() < begun + limit_s:
-        if loop.time() >= begun + LAME_DUCK_S and not (services.cluster.told_to_leave.is_set() and services.journal):
+    begun_s = served_s = loop.time()
+    limit_s = services.config.request_timeout_s
+    while runner.server is not None and runner.server.connections and loop.time() < begun_s + limit_s:
+        if services.cluster.told_to_leave.is_set() and services.journal:
+            served_s = loop.time()
+        if loop.time() >= served_s + LAME_DUCK_S:
             return
         await asyncio.sleep(LAME_DUCK_LOOK_S)
 

@@ -5,15 +5,17 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import aiohttp
 import pytest
 
+from gateway import server
 from gateway.admin import Admin, admin_keys
 from gateway.config import Config
 from gateway.membership import apply_view
 from moering.errors import ConfigError
 from moering.protocol import Event, Events, Operate, OperateAnswer, Operation
 from tests.gateway.fake_router import FakeRouter
-from tests.gateway.harness import Gateway, gateway, make_view, run
+from tests.gateway.harness import Gateway, OwnClock, gateway, make_view, pass_time, run
 
 
 class Coordinator:
@@ -220,6 +222,40 @@ def test_a_gateway_that_leaves_serves_the_connections_it_has(model):
             assert g.services.member().state == "DRAINING"
 
     run(main())
+
+
+def test_the_next_request_on_a_connection_is_served_by_a_gateway_that_an_operation_ends(model, monkeypatch):
+    """A stream that began before keeps its connection, which the client knows of no reason not to use again."""
+    monkeypatch.setattr("gateway.server.LAME_DUCK_S", 60.0)
+
+    async def main():
+        request = {"model": "tiny", "prompt": [1, 2], "max_tokens": 2}
+        router = FakeRouter(hold_at=1)
+
+        async def two_requests(url, begun):
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as session:
+                async with session.post(f"{url}/v1/completions", json=request | {"stream": True}) as response:
+                    begun.set()
+                    assert (await response.read()).endswith(b"data: [DONE]\n\n")
+                await asyncio.sleep(10 * server.LAME_DUCK_LOOK_S)  # the gateway sees that nothing is under way
+                async with session.post(f"{url}/v1/completions", json=request) as response:
+                    return response.status, response.headers["Connection"]
+
+        async def let_go_late(g):
+            await g.until(lambda: g.services.cluster.leaving)
+            pass_time(100)  # the moment for those who send just now is over long before the stream is
+            router.release()
+
+        async with gateway(model, router) as g:
+            begun = asyncio.Event()
+            requests = asyncio.create_task(two_requests(g.url, begun))
+            await begun.wait()
+            g.services.cluster.told_to_leave.set()
+            letting_go = asyncio.create_task(let_go_late(g))
+        await letting_go
+        assert await requests == (200, "close")
+
+    run(main(), OwnClock)
 
 
 def test_a_coordinator_that_never_answers(monkeypatch):
