@@ -244,6 +244,7 @@ def test_the_next_request_on_a_connection_is_served_by_a_gateway_that_an_operati
         async def let_go_late(g):
             await g.until(lambda: g.services.cluster.leaving)
             pass_time(100)  # the moment for those who send just now is over long before the stream is
+            await asyncio.sleep(5 * server.LAME_DUCK_LOOK_S)
             router.release()
 
         async with gateway(model, router) as g:
