@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-import triton
 
 from kernels import gluon_grouped_gemm
-from kernels.triton_expert_ffn import GroupedExperts
-from kernels.triton_grouping import TILE_FIELDS, Grouping
 from kernels.triton_tiling import PING_PONG, PING_PONG_AHEAD, PING_PONG_WIDE, FFNTiling, choose_tiling
 from tests.kernels.compiled import run_compiled
+from tests.kernels.hopper import (
+    HOPPER,
+    assert_a_list_without_tiles_is_not_read,
+    assert_results_go_to_an_address,
+    assert_same_bits,
+    dense_weights,
+    layer,
+    normal,
+)
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 LARGE = choose_tiling(8192, 8)
 
 
@@ -57,16 +60,7 @@ def test_few_rows_per_expert_do_not_get_it() -> None:
     ],
 )
 def test_where_it_can_run(monkeypatch: pytest.MonkeyPatch, changed: dict, admitted: bool) -> None:
-    case = SimpleNamespace(
-        **{"dtype": torch.bfloat16, "hidden": 64, "intermediate": 64, "is_cuda": True, "capability": (9, 0)}
-        | {"interpret": False}
-        | changed
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case.capability)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", case.interpret)
-    common = {"is_cuda": case.is_cuda, "device": "cuda:0", "dtype": case.dtype}
-    w13 = SimpleNamespace(shape=(2, 2 * case.intermediate, case.hidden), **common)
-    w2 = SimpleNamespace(shape=(2, case.hidden, case.intermediate), **common)
+    w13, w2 = dense_weights(monkeypatch, 64, 64, changed)
     assert gluon_grouped_gemm.admits(w13, w2) == admitted
 
 
@@ -119,35 +113,6 @@ def test_it_compiles_without_a_gpu_and_keeps_its_accumulators_in_registers() -> 
 if HOPPER:
     COUNTS = [0, 1, 63, 64, 65, 128, 129, 200, 0, 300]
 
-    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        generator = torch.Generator("cuda").manual_seed(sum(shape))
-        return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
-
-    def layer(hidden: int, intermediate: int, dtype: torch.dtype, biased: bool) -> GroupedExperts:
-        w13 = torch.stack([normal(2 * intermediate, hidden, scale=hidden**-0.5, dtype=dtype)] * len(COUNTS))
-        w2 = torch.stack([normal(hidden, intermediate, scale=intermediate**-0.5, dtype=dtype)] * len(COUNTS))
-        for expert in range(len(COUNTS)):  # other experts, other weights
-            w13[expert] = w13[expert].roll(expert, 0)
-            w2[expert] = w2[expert].roll(expert, 0)
-        biases = (normal(len(COUNTS), 2 * intermediate, dtype=dtype), normal(len(COUNTS), hidden, dtype=dtype))
-        return GroupedExperts(w13, w2, biases if biased else None, limit=1.5 if biased else 0)
-
-    def pairs() -> torch.Tensor:
-        """The expert of each pair, some of them not here, in a random order."""
-        ids = torch.cat([torch.full((count,), expert) for expert, count in enumerate(COUNTS)] + [torch.full((50,), -1)])
-        return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(1))].int().cuda()
-
-    def assert_same_bits(experts: GroupedExperts, hidden_states: torch.Tensor) -> None:
-        ids = pairs()
-        rows = torch.arange(len(ids), dtype=torch.int32, device="cuda") % len(hidden_states)
-        results = []
-        for tiling in (LARGE, *PING_PONGS):
-            out = torch.full((len(ids), experts.hidden), float("nan"), dtype=hidden_states.dtype, device="cuda")
-            results.append(experts.forward(hidden_states, ids, rows, out=out, tiling=tiling))
-        assert not results[0][ids >= 0].isnan().any()
-        for result in results[1:]:
-            assert torch.equal(results[0].view(torch.int16), result.view(torch.int16))
-
     @pytest.mark.parametrize(
         ("hidden", "intermediate", "dtype", "biased"),
         [
@@ -160,32 +125,18 @@ if HOPPER:
     def test_bits_are_those_of_the_other_kernel(
         hidden: int, intermediate: int, dtype: torch.dtype, biased: bool
     ) -> None:
-        experts = layer(hidden, intermediate, dtype, biased)
+        experts = layer(len(COUNTS), hidden, intermediate, dtype, biased)
         assert experts.choose_tiling(256 * len(COUNTS)) is PING_PONG
-        assert_same_bits(experts, normal(333, hidden, dtype=dtype))
+        assert_same_bits(experts, normal(333, hidden, dtype=dtype), COUNTS, LARGE, PING_PONGS)
 
     def test_rows_that_are_not_aligned() -> None:
-        experts = layer(576, 448, torch.bfloat16, False)
-        assert_same_bits(experts, normal(333, 576 + 8)[:, 1:577])
+        experts = layer(len(COUNTS), 576, 448)
+        assert_same_bits(experts, normal(333, 576 + 8)[:, 1:577], COUNTS, LARGE, PING_PONGS)
 
     @pytest.mark.parametrize("tiling", [PING_PONG, PING_PONG_WIDE], ids=["64", "128"])
     def test_results_go_to_an_address(tiling: FFNTiling) -> None:
-        experts, ids = layer(576, 448, torch.bfloat16, False), pairs()
-        x = normal(len(ids), 576)
-        expected = experts.forward(x, ids, tiling=LARGE)
-        grouping = experts._grouper.group(ids, None, 1, tiling.block_m)
-        activations, out = normal(len(ids), 448), torch.empty_like(expected)
-        address = torch.tensor([out.data_ptr()], device="cuda")
-        experts.ffn(x, grouping, activations, address, tiling)
-        assert torch.equal(out[ids >= 0].view(torch.int16), expected[ids >= 0].view(torch.int16))
+        assert_results_go_to_an_address(layer(len(COUNTS), 576, 448), COUNTS, LARGE, tiling)
 
     @pytest.mark.parametrize("tiling", [PING_PONG, PING_PONG_WIDE], ids=["64", "128"])
     def test_a_list_without_tiles_is_not_read(tiling: FFNTiling) -> None:
-        experts = layer(576, 448, torch.bfloat16, False)
-        numbers = torch.zeros(300, dtype=torch.int32, device="cuda")
-        tiles = torch.full((300, TILE_FIELDS.value), 0x7F7F7F7F, dtype=torch.int32, device="cuda")
-        grouping = Grouping(numbers, numbers, tiles, torch.zeros_like(numbers[:1]), tiling.block_m)
-        activations, out = torch.zeros(300, 448).bfloat16().cuda(), torch.zeros(300, 576).bfloat16().cuda()
-        experts.ffn(normal(300, 576), grouping, activations, out, tiling)
-        torch.cuda.synchronize()
-        assert not activations.any() and not out.any()
+        assert_a_list_without_tiles_is_not_read(layer(len(COUNTS), 576, 448), tiling)

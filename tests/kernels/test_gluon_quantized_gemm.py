@@ -13,7 +13,6 @@ import triton
 
 from kernels import gluon_quantized_gemm
 from kernels.quantized_weight import QuantizedWeight, pack_fp8, pack_mxfp4
-from kernels.triton_grouping import TILE_FIELDS, Grouping
 from kernels.triton_quantized_ffn import (
     NARROW_FP8_DOWN,
     NARROW_MXFP4_DOWN,
@@ -25,8 +24,13 @@ from kernels.triton_quantized_ffn import (
 from kernels.triton_small_tiles import SmallTiling
 from kernels.triton_tiling import FFNTiling
 from tests.kernels.compiled import run_compiled
-
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+from tests.kernels.hopper import (
+    HOPPER,
+    assert_a_list_without_tiles_is_not_read,
+    assert_results_go_to_an_address,
+    assert_same_bits,
+    normal,
+)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +172,6 @@ if HOPPER:
     }  # fmt: skip
     every_tiling = pytest.mark.parametrize(("mxfp4", "tiling"), TILINGS.values(), ids=TILINGS)
 
-    def normal(*shape: int) -> torch.Tensor:
-        generator = torch.Generator("cuda").manual_seed(sum(shape))
-        return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
-
     def fp8_weight(rows: int, depth: int) -> QuantizedWeight:
         """Other experts, other weights; scales that are no powers of two."""
         data = torch.stack([(64 * normal(rows, depth)).roll(n, 0).to(torch.float8_e4m3fn) for n in range(len(COUNTS))])
@@ -190,21 +190,6 @@ if HOPPER:
         w13, w2 = weight(2 * intermediate, hidden), weight(hidden, intermediate)
         return QuantizedExperts(w13, w2, biases if biased else None, limit=1.5 if biased else 0)
 
-    def pairs() -> torch.Tensor:
-        """The expert of each pair, some of them not here, in a random order."""
-        ids = torch.cat([torch.full((count,), expert) for expert, count in enumerate(COUNTS)] + [torch.full((50,), -1)])
-        return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(1))].int().cuda()
-
-    def assert_same_bits(experts: QuantizedExperts, hidden_states: torch.Tensor, wide: FFNTiling) -> None:
-        ids = pairs()
-        rows = torch.arange(len(ids), dtype=torch.int32, device="cuda") % len(hidden_states)
-        results = []
-        for tiling in (SMALL, wide):
-            out = torch.full((len(ids), experts.hidden), float("nan"), dtype=hidden_states.dtype, device="cuda")
-            results.append(experts.forward(hidden_states, ids, rows, out=out, tiling=tiling))
-        assert not results[0][ids >= 0].isnan().any()
-        assert torch.equal(results[0].view(torch.int16), results[1].view(torch.int16))
-
     @every_tiling
     @pytest.mark.parametrize(
         ("hidden", "intermediate", "biased"), [(256, 128, True), (1280, 384, False), (4096, 2048, False)]
@@ -214,34 +199,22 @@ if HOPPER:
     ) -> None:
         experts = layer(mxfp4, hidden, intermediate, biased)
         assert isinstance(experts.choose_tiling(64 * len(COUNTS)), FFNTiling)
-        assert_same_bits(experts, normal(333, hidden), tiling)
+        assert_same_bits(experts, normal(333, hidden), COUNTS, SMALL, [tiling])
 
     def test_fp8_needs_no_more_than_128_columns() -> None:
         for tiling in WIDE_FP8.values():
             narrow = replace(tiling, down=NARROW_FP8_DOWN)
-            assert_same_bits(layer(False, 640, 128), normal(333, 640), narrow)
+            assert_same_bits(layer(False, 640, 128), normal(333, 640), COUNTS, SMALL, [narrow])
 
     @every_tiling
     def test_rows_that_are_not_aligned(mxfp4: bool, tiling: FFNTiling) -> None:
-        assert_same_bits(layer(mxfp4, 1280, 384), normal(333, 1280 + 8)[:, 1:1281], tiling)
+        experts = layer(mxfp4, 1280, 384)
+        assert_same_bits(experts, normal(333, 1280 + 8)[:, 1:1281], COUNTS, SMALL, [tiling])
 
     @every_tiling
     def test_results_go_to_an_address(mxfp4: bool, tiling: FFNTiling) -> None:
-        experts, ids = layer(mxfp4, 1280, 384), pairs()
-        x = normal(len(ids), 1280)
-        expected = experts.forward(x, ids, tiling=SMALL)
-        grouping = experts._grouper.group(ids, None, 1, tiling.block_m)
-        activations, out = normal(len(ids), 384), torch.empty_like(expected)
-        experts.ffn(x, grouping, activations, torch.tensor([out.data_ptr()], device="cuda"), tiling)
-        assert torch.equal(out[ids >= 0].view(torch.int16), expected[ids >= 0].view(torch.int16))
+        assert_results_go_to_an_address(layer(mxfp4, 1280, 384), COUNTS, SMALL, tiling)
 
     @every_tiling
     def test_a_list_without_tiles_is_not_read(mxfp4: bool, tiling: FFNTiling) -> None:
-        experts = layer(mxfp4, 1280, 384)
-        numbers = torch.zeros(300, dtype=torch.int32, device="cuda")
-        tiles = torch.full((300, TILE_FIELDS.value), 0x7F7F7F7F, dtype=torch.int32, device="cuda")
-        grouping = Grouping(numbers, numbers, tiles, torch.zeros_like(numbers[:1]), tiling.block_m)
-        activations, out = torch.zeros(300, 384).bfloat16().cuda(), torch.zeros(300, 1280).bfloat16().cuda()
-        experts.ffn(normal(300, 1280), grouping, activations, out, tiling)
-        torch.cuda.synchronize()
-        assert not activations.any() and not out.any()
+        assert_a_list_without_tiles_is_not_read(layer(mxfp4, 1280, 384), tiling)
