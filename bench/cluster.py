@@ -27,6 +27,7 @@ _COMMAND = {
     "coordinator": "moering.coordinator",
 }
 STOP_S = 30.0
+_held_ports: list[socket.socket] = []
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,12 @@ def command_of(pid: int) -> str:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listened on a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port of the loopback interface that nobody else is given while this process lives; see `tests/ports.py`."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # with it a server can listen there all the same
+    held.bind(("127.0.0.1", 0))
+    _held_ports.append(held)
+    return int(held.getsockname()[1])
 
 
 @contextlib.asynccontextmanager
