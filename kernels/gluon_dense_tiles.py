@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import gluon_grouped_gemm
-from kernels.gluon_grouped_gemm import GATHERERS, SHARED, following, locate
+from kernels.gluon_grouped_gemm import GATHERERS, SHARED, aligned, following, locate
 from kernels.triton_activation import add_bias, gated
 from kernels.triton_grouping import Grouping
 from kernels.triton_tiling import DenseTiling
@@ -393,8 +393,7 @@ def gate_up(
     grouping: Grouping, tiling: DenseTiling, programs: int,
 ) -> None:  # fmt: skip
     """The first product of `GroupedExperts.ffn`; bias: [experts, 2 * intermediate]."""
-    if x.data_ptr() % 16 or x.stride(0) % 16:  # cp.async moves 16 bytes
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = aligned(x)
     _launch(
         x, x.stride(0), w13, bias, activations, activations.stride(0), grouping.rows, grouping, tiling, programs,
         GATE_UP=True, LIMIT=limit, OUT_AT=False,

@@ -383,13 +383,19 @@ def ping_pong_kernel(
         )  # fmt: skip
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy of it whose rows cp.async can move, 16 bytes at a time."""
+    if x.data_ptr() % 16 or x.stride(0) % 16:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
 def gate_up(
     x: torch.Tensor, w13: torch.Tensor, bias: torch.Tensor | None, limit: float, activations: torch.Tensor,
     grouping: Grouping, cut: Tiling, programs: int,
 ) -> None:  # fmt: skip
     """The first product of `GroupedExperts.ffn`; bias: [experts, 2 * intermediate]."""
-    if x.data_ptr() % 16 or x.stride(0) % 16:  # cp.async moves 16 bytes
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = aligned(x)
     _launch(
         x, x.stride(0), w13, bias, activations, activations.stride(0), grouping.rows, grouping, cut, programs,
         GATE_UP=True, LIMIT=limit, OUT_AT=False,

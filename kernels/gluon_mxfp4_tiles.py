@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.gluon_grouped_gemm import SHARED, advance
+from kernels.gluon_grouped_gemm import SHARED, advance, aligned
 from kernels.quantized_weight import COLUMNS, QuantizedWeight
 from kernels.triton_activation import add_bias, gated
 from kernels.triton_grouping import COUNTER_FIELD, TILE_FIELDS, Grouping
@@ -563,8 +563,7 @@ def ffn(
 ) -> None:  # fmt: skip
     """Both products of `QuantizedExperts.ffn`. claims: [2] int32, zeros, as they are again afterwards; sms: how many
     multiprocessors there are."""
-    if x.data_ptr() % 16 or x.stride(0) % 16:  # cp.async moves 16 bytes
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = aligned(x)
     hidden, intermediate, out_at = w2.shape[1], w2.shape[2], out.dtype == torch.int64
     w13_desc = TensorDescriptor.from_tensor(w13.data.view(-1, 16), [tiling.block // 2, 16], WORDS.value)
     w2_desc = TensorDescriptor.from_tensor(w2.data.view(-1, 16), [tiling.block, 16], WORDS.value)

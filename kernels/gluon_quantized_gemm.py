@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.gluon_grouped_gemm import SHARED, advance, locate
+from kernels.gluon_grouped_gemm import SHARED, advance, aligned, locate
 from kernels.quantized_weight import QuantizedWeight
 from kernels.triton_activation import add_bias, gated
 from kernels.triton_grouping import Grouping
@@ -563,8 +563,7 @@ def gate_up(
     grouping: Grouping, cut: Tiling, programs: int,
 ) -> None:  # fmt: skip
     """The first product of `QuantizedExperts.ffn`; bias: [experts, 2 * intermediate]."""
-    if x.data_ptr() % 16 or x.stride(0) % 16:  # cp.async moves 16 bytes
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = aligned(x)
     _launch(
         x, x.stride(0), w13, bias, activations, activations.stride(0), grouping.rows, grouping, cut, programs,
         GATE_UP=True, LIMIT=limit, OUT_AT=False,

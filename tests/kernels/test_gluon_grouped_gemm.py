@@ -64,6 +64,14 @@ def test_where_it_can_run(monkeypatch: pytest.MonkeyPatch, changed: dict, admitt
     assert gluon_grouped_gemm.admits(w13, w2) == admitted
 
 
+def test_rows_are_copied_only_where_cp_async_cannot_move_them() -> None:
+    x = torch.arange(320, dtype=torch.bfloat16).view(4, 80)
+    assert gluon_grouped_gemm.aligned(x) is x
+    for rows in (x[:, 1:65], x[:, :72].contiguous()):
+        copy = gluon_grouped_gemm.aligned(rows)
+        assert copy is not rows and torch.equal(copy, rows) and copy.is_contiguous()
+
+
 def test_a_triton_without_gluon() -> None:
     code = """
 import sys
